@@ -1,0 +1,311 @@
+"""The contract between the rooms: what a run and a bundle are on disk, how they are verified, how refusals look.
+
+    run/                     (training writes, export reads)
+        run.json             RunManifest
+        encoder.safetensors  the teacher's backbone
+    bundle/                  (export writes, service reads)
+        manifest.json        BundleManifest: identity, checksums, canary
+        model.onnx           uint8 [batch, H, W, 3] → float32 [batch, D], unit rows
+        canary/*             small encoded pictures whose embeddings are known
+        parity.json          measurements of one machine, outside every hash
+
+Free of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from export.preprocess import PreprocessSpec
+
+Embeddings = npt.NDArray[np.float32]
+
+RUN_FORMAT = 1
+BUNDLE_FORMAT = 1
+
+
+class RefusalError(Exception):
+    """An input is refused. The message is a whole sentence: what was found, what was expected, what to do."""
+
+
+class Contract(BaseModel):
+    """Base of everything stored: immutable, no unknown keys, a sentence per field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class EncoderSpec(Contract):
+    """Which network the weights belong to: enough to build it with timm and nothing of ours."""
+
+    model: str
+    """timm's name of the model."""
+    kwargs: dict[str, Any] = {}
+    """What `timm.create_model` gets beside the name and the image size."""
+    image_size: int
+    """Input height and width, in pixels."""
+    embedding_dim: int
+    """Length of the embedding."""
+    pooling: Literal["cls"] = "cls"
+    """How tokens become one vector: the class token after the final norm."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """RGB mean that is subtracted from pixels scaled to 0…1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """RGB deviation that they are divided by."""
+
+
+class DataFingerprint(Contract):
+    """Which pictures a run saw."""
+
+    folder: str
+    """Where they lay."""
+    pictures: int
+    """How many were readable."""
+    unreadable: int
+    """How many were not."""
+    sha256: str
+    """Digest over keys and sizes of the readable files, in key order."""
+
+
+class RunManifest(Contract):
+    """run.json."""
+
+    format_version: int = RUN_FORMAT
+    """Format of the run folder."""
+    method: str
+    """Name of the pretraining method."""
+    config: dict[str, Any]
+    """The resolved configuration."""
+    reasons: dict[str, str]
+    """Why each automatic choice was made."""
+    encoder: EncoderSpec
+    """The network."""
+    preprocess: PreprocessSpec
+    """How pictures must be prepared for it."""
+    data: DataFingerprint
+    """The pictures."""
+    versions: dict[str, str]
+    """Library versions."""
+    git_revision: str | None
+    """Revision of the code, where known."""
+    seed: int
+    """Random seed."""
+    steps_done: int
+    """Optimiser steps behind the exported weights."""
+    steps_total: int
+    """Optimiser steps that were planned."""
+    weights_sha256: str
+    """Digest of the teacher's tensors (`tensors_sha256`)."""
+
+
+class CanaryPicture(Contract):
+    """A picture whose pixels and embedding are known."""
+
+    file: str
+    """Name below the bundle folder."""
+    pixels_sha256: str
+    """Digest of the preprocessed pixels: a decoder that drifts is caught here."""
+    embedding: list[float]
+    """The embedding that the source network gives."""
+
+
+class FileRecord(Contract):
+    """One file of a bundle."""
+
+    sha256: str
+    """Hex digest of its bytes."""
+    bytes: int
+    """Its size."""
+
+
+class BundleManifest(Contract):
+    """manifest.json."""
+
+    format_version: int = BUNDLE_FORMAT
+    """Format of the bundle folder."""
+    space_id: str
+    """Names the embedding space: source weights, architecture, pooling and preprocessing. Nothing else enters."""
+    encoder: EncoderSpec
+    """The network behind the graph."""
+    preprocess: PreprocessSpec
+    """How pictures must be prepared."""
+    weights_sha256: str
+    """Digest of the source weights."""
+    opset: int
+    """ONNX opset of the graph."""
+    minimum_onnxruntime: str
+    """Oldest runtime that has every operator of the graph."""
+    provenance: dict[str, Any]
+    """Method, data fingerprint, seed, versions and git revision of the run."""
+    files: dict[str, FileRecord]
+    """Every file that the bundle needs, by name below its folder."""
+    canary: list[CanaryPicture]
+    """Pictures that the runtime must reproduce before it serves."""
+    canary_min_cosine: dict[str, float]
+    """Per variant: the lowest accepted cosine between expected and computed canary embeddings."""
+    manifest_sha256: str = ""
+    """Digest of this manifest with this field empty."""
+
+    def digest(self) -> str:
+        """What `manifest_sha256` must be."""
+        return sha256_json(self.model_copy(update={"manifest_sha256": ""}).model_dump(mode="json"))
+
+
+def make_space_id(encoder: EncoderSpec, weights_sha256: str, preprocess: PreprocessSpec) -> str:
+    """The identity of an embedding space: two vectors may be compared when theirs are equal."""
+    parts = {"encoder": encoder.model_dump(mode="json"), "weights": weights_sha256, "preprocess": preprocess.sha256()}
+    return f"lw1-{sha256_json(parts)[:32]}"
+
+
+class Bundle:
+    """An opened bundle whose files match their checksums.
+
+    Attributes: `folder`, `manifest`.
+    """
+
+    def __init__(self, folder: Path, manifest: BundleManifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Read and verify a bundle. Raises `RefusalError`."""
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise RefusalError(
+                f"{folder} is not a bundle (no manifest.json): expected a folder written by `likewise export RUN --out "
+                "BUNDLE`"
+            )
+        again = "the bundle changed after it was written; export it again"
+        manifest = read_contract(path, BundleManifest, BUNDLE_FORMAT, again)
+        if manifest.digest() != manifest.manifest_sha256:
+            raise RefusalError(f"{path} does not match its own checksum: {again}")
+        for name, record in manifest.files.items():
+            file = folder / name
+            if not file.is_file():
+                raise RefusalError(f"{file} is missing though the manifest names it: {again}")
+            found = sha256_file(file)
+            if found != record.sha256:
+                raise RefusalError(
+                    f"{file} has checksum {found[:12]}…, the manifest says {record.sha256[:12]}…: {again}"
+                )
+        expected = make_space_id(manifest.encoder, manifest.weights_sha256, manifest.preprocess)
+        if expected != manifest.space_id:
+            raise RefusalError(f"{path} names space {manifest.space_id}, its contents make {expected}: {again}")
+        return cls(folder, manifest)
+
+    @property
+    def space_id(self) -> str:
+        """See `BundleManifest.space_id`."""
+        return self.manifest.space_id
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+        return self.manifest.encoder.embedding_dim
+
+    @property
+    def model_path(self) -> Path:
+        """The fp32 graph."""
+        return self.folder / "model.onnx"
+
+
+Model = TypeVar("Model", bound=Contract)
+
+
+def read_contract(path: Path, model: type[Model], format_version: int, what_to_do: str) -> Model:
+    """Parse a stored contract. Raises `RefusalError` on damage and on formats from the future."""
+    try:
+        fields = json.loads(path.read_bytes())
+        found = fields["format_version"]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise RefusalError(f"{path} cannot be read ({type(e).__name__}: {e}): {what_to_do}") from None
+    if found != format_version:
+        raise RefusalError(
+            f"{path} has format {found}, this version of likewise reads format {format_version}: "
+            "install the version that wrote it"
+        )
+    try:
+        return model.model_validate(fields)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RefusalError(f"{path} is damaged at {where} ({first['msg']}): {what_to_do}") from None
+
+
+def read_run(folder: Path) -> RunManifest:
+    """run.json of a run folder. Raises `RefusalError`."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise RefusalError(
+            f"{folder} is not a run (no run.json): expected a folder written by `likewise train PICTURES --out RUN`"
+        )
+    return read_contract(path, RunManifest, RUN_FORMAT, "train again, or restore the file")
+
+
+def sha256_json(value: object) -> str:
+    """Hex digest of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(tensors: dict[str, npt.NDArray[Any]]) -> str:
+    """Hex digest over names, types, shapes and values, in name order: independent of the file format."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name}\0{value.dtype.str}\0{value.shape}\0".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable (fsync of the directory)."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's contents durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a finished temporary file or folder into place, durably: afterwards it is whole or absent."""
+    if temporary.is_dir():
+        for path in temporary.rglob("*"):
+            sync_folder(path) if path.is_dir() else sync_file(path)
+        sync_folder(temporary)
+    else:
+        sync_file(temporary)
+    temporary.replace(final)
+    sync_folder(final.parent)
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write a file so that it holds, at every moment, either its old or its new contents."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

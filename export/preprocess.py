@@ -1,0 +1,280 @@
+"""Encoded pictures → pixels: the only decoding, orientation, colour conversion and resize in the product.
+
+Training's cache, evaluation, parity and the served Embed all call `preprocess`, so that the same file gives the same
+bytes everywhere. What changes pixels is in `PreprocessSpec` (part of a bundle's identity); what only protects the
+machine is in `DecodeLimits`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import re
+import struct
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile
+from pydantic import BaseModel, ConfigDict, Field
+
+Pixels = npt.NDArray[np.uint8]
+
+# The formats we ask Pillow for. Its others run external programs (EPS) or are never photographs.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .mpo .png .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pnm .avif".split())
+
+_ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class PreprocessSpec(BaseModel):
+    """How an encoded picture becomes `uint8 [size, size, 3]` pixels. Any change is another embedding space."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    version: Literal["likewise-preprocess/1"] = "likewise-preprocess/1"
+    """Name of the procedure below; a change to its code is a new version."""
+    size: int
+    """Height and width of the result, in pixels."""
+    fit: Literal["crop", "pad"] = "crop"
+    """crop: the shorter side becomes `size`, the centre is kept. pad: the longer side does, the rest is background."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB under transparent pixels and in the padding."""
+    interpolation: Literal["bicubic"] = "bicubic"
+    """Resampling filter (antialiased, as Pillow does it)."""
+    scaled_jpeg: bool = True
+    """Decode JPEGs at the smallest scale (1/2, 1/4, 1/8) that is not below the result. Faster; changes pixels."""
+
+    def sha256(self) -> str:
+        """Hex digest of this specification."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+# Above this Pillow takes a picture for a decompression bomb; a limit of ours beyond it would have no effect.
+MAX_PIXELS = 89_478_485
+
+
+class DecodeLimits(BaseModel):
+    """What is refused before it costs memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_bytes: int = 64 * 2**20
+    """Largest encoded picture, in bytes."""
+    max_pixels: int = Field(MAX_PIXELS, le=MAX_PIXELS)
+    """Largest width × height, read from the header before any pixel is decoded (decompression bombs)."""
+    min_side: int = 4
+    """Smallest width or height, in pixels."""
+
+
+DEFAULT_LIMITS = DecodeLimits()
+
+UnreadableReason = Literal["IMAGE_EMPTY", "IMAGE_UNDECODABLE", "IMAGE_TOO_LARGE", "IMAGE_TOO_SMALL"]
+
+
+class UnreadablePictureError(ValueError):
+    """A picture that cannot be used; the message is a whole sentence.
+
+    Attributes: `reason`, one of the upper-case words that the gRPC API also answers with.
+    """
+
+    def __init__(self, reason: UnreadableReason, message: str) -> None:
+        super().__init__(message)
+        self.reason: UnreadableReason = reason
+
+
+class Prepared(NamedTuple):
+    """A decoded picture."""
+
+    pixels: Pixels
+    """uint8 [size, size, 3], RGB."""
+    width: int
+    """Width of the source after EXIF orientation, in pixels."""
+    height: int
+    """Height of the source after EXIF orientation, in pixels."""
+    frames: int
+    """Frames in the file; of an animation the first one is used."""
+
+
+def preprocess(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DEFAULT_LIMITS) -> Prepared:
+    """Decode, orient, convert to RGB and resize one encoded picture.
+
+    Greyscale, palette, CMYK, 16-bit and transparent pictures are converted; of an animation the first frame counts;
+    embedded colour profiles are ignored (sRGB is assumed).
+
+    Raises `UnreadablePictureError` when the bytes are no usable picture.
+    """
+    if not data:
+        raise UnreadablePictureError("IMAGE_EMPTY", "the picture is empty (0 bytes): send the encoded file's bytes")
+    if len(data) > limits.max_bytes:
+        raise UnreadablePictureError(
+            "IMAGE_TOO_LARGE",
+            f"the picture has {len(data):,} bytes, at most {limits.max_bytes:,} are accepted: shrink it first",
+        )
+    try:
+        return _decode(data, spec, limits)
+    except UnreadablePictureError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise UnreadablePictureError(
+            "IMAGE_UNDECODABLE",
+            f"the bytes are not a picture in a supported format ({', '.join(_formats())})",
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:  # Pillow's own check comes before ours
+        pixels = re.search(r"\d{6,}", str(e))
+        raise UnreadablePictureError(
+            "IMAGE_TOO_LARGE",
+            f"the picture has {int(pixels[0]) if pixels else MAX_PIXELS + 1:,} pixels, at most {limits.max_pixels:,} are "
+            "accepted: shrink it first",
+        ) from None
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        IndexError,
+        KeyError,
+        TypeError,
+        struct.error,
+        OverflowError,
+    ) as e:
+        # Pillow's decoders raise all of these on damaged files.
+        raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the picture is damaged ({e}): replace the file") from None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """`FORMATS` as far as this build of Pillow has them."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> Prepared:
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        width, height = image.size
+        if width * height > limits.max_pixels:
+            raise UnreadablePictureError(
+                "IMAGE_TOO_LARGE",
+                f"the picture is {width}×{height} = {width * height:,} pixels, at most {limits.max_pixels:,} are "
+                "accepted: shrink it first",
+            )
+        if min(width, height) < limits.min_side:
+            raise UnreadablePictureError(
+                "IMAGE_TOO_SMALL",
+                f"the picture is {width}×{height} pixels, at least {limits.min_side}×{limits.min_side} are needed",
+            )
+        frames = int(getattr(image, "n_frames", 1))
+        orientation = _orientation(image)
+        if spec.scaled_jpeg and image.format in ("JPEG", "MPO"):
+            scale = spec.size / (min(width, height) if spec.fit == "crop" else max(width, height))
+            wanted = (max(1, int(np.ceil(width * scale))), max(1, int(np.ceil(height * scale))))
+            image.draft(None, wanted)
+        image.load()
+        rgb = _to_rgb(image, spec.background)
+    if orientation in _TRANSPOSE:
+        rgb = rgb.transpose(_TRANSPOSE[orientation])
+        if orientation >= 5:
+            width, height = height, width
+    return Prepared(np.asarray(_fit(rgb, spec)), width, height, frames)
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """The EXIF orientation, 1 (upright) where the metadata is absent or damaged."""
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
+        return 1
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, 32-bit integer, float
+        values = np.asarray(image).astype(np.float32)
+        # 16-bit files span 0…65535, whichever of Pillow's modes they arrive in; float pictures 0…1 or 0…255.
+        peak = float(values.max(initial=0.0))
+        scale = 255.0 if image.mode == "F" and peak <= 1.0 else 1.0 if image.mode == "F" else 255.0 / 65535.0
+        image = Image.fromarray(np.clip(np.rint(np.nan_to_num(values) * scale), 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _fit(rgb: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    size, (width, height) = spec.size, rgb.size
+    if spec.fit == "crop":
+        # The centred square of the source, in fractional source pixels: one resampling, no intermediate.
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+        return rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    scale = size / max(width, height)
+    new = (max(1, round(width * scale)), max(1, round(height * scale)))
+    canvas = Image.new("RGB", (size, size), spec.background)
+    canvas.paste(rgb.resize(new, Image.Resampling.BICUBIC), ((size - new[0]) // 2, (size - new[1]) // 2))
+    return canvas
+
+
+class PictureFile(NamedTuple):
+    """A picture file below a folder."""
+
+    key: str
+    """Path relative to the folder, with `/`, in Unicode NFC: the item's key (architecture 3.3)."""
+    path: Path
+    """Where it lies."""
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    """Time of last change, in nanoseconds since 1970."""
+
+    @property
+    def folder(self) -> str:
+        """The first folder of the key (a label where pictures are sorted into class folders), or ''."""
+        return self.key.split("/", 1)[0] if "/" in self.key else ""
+
+
+def find_pictures(folder: Path) -> list[PictureFile]:
+    """The picture files below `folder` (by suffix, hidden ones left out), sorted by key.
+
+    Symbolic links to files are followed, links to folders are not. A name that is not valid Unicode keeps its
+    undecodable bytes escaped in the path and shows them as U+FFFD in the key.
+    """
+    found: dict[str, PictureFile] = {}
+    for path, entry in _walk(folder):
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        try:
+            stat = entry.stat()
+        except OSError:  # gone meanwhile, or a dangling link
+            continue
+        relative = path.relative_to(folder).as_posix()
+        key = unicodedata.normalize("NFC", os.fsencode(relative).decode("utf-8", "replace"))
+        while key in found:  # two spellings of one name
+            key += "~"
+        found[key] = PictureFile(key, path, stat.st_size, stat.st_mtime_ns)
+    return sorted(found.values(), key=lambda picture: picture.key)
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, os.DirEntry[str]]]:
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda e: e.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(Path(entry.path))
+            elif entry.is_file():
+                yield Path(entry.path), entry
