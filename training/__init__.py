@@ -1,0 +1,1 @@
+"""images → encoder: data, views, the SOP objective, the loop and its monitors."""

@@ -1,0 +1,158 @@
+"""The encoder: a timm ViT whose student side can hide patches behind a mask token."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from export.bundle import RefusalError, read_run
+
+
+def build_vit(model: str, kwargs: dict[str, Any], image_size: int, drop_path: float = 0.0) -> VisionTransformer:
+    """A timm ViT without classifier, that takes crops of any multiple of its patch size.
+
+    Raises `RefusalError` for names timm lacks and for models that are no ViT.
+    """
+    _known(model)
+    vit = timm.create_model(
+        model, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True,
+        drop_path_rate=drop_path, **kwargs,
+    )  # fmt: skip
+    if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
+        raise RefusalError(f"{model} is not a ViT with a class token: SOP needs one, such as vit_small_patch16_224")
+    return vit
+
+
+def native_sizes(model: str) -> tuple[int, int]:
+    """Patch size and input size that a timm ViT has by default."""
+    _known(model)
+    with torch.device("meta"):
+        vit = timm.create_model(model, pretrained=False, num_classes=0)
+    if not isinstance(vit, VisionTransformer):
+        raise RefusalError(f"{model} is not a ViT: SOP needs one, such as vit_small_patch16_224")
+    return int(vit.patch_embed.patch_size[0]), int(vit.patch_embed.img_size[0])
+
+
+def _known(model: str) -> None:
+    if not timm.is_model(model):
+        close = difflib.get_close_matches(model, timm.list_models("vit*"), n=3)
+        raise RefusalError(
+            f"timm has no model {model!r}" + (f"; closest: {', '.join(close)}" if close else "") + ". Or use vit_micro"
+        )
+
+
+class Student(nn.Module):
+    """Backbone, mask token and head of the student."""
+
+    def __init__(self, vit: VisionTransformer, head: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+        self.head = head
+        # Student only; overwrites the patch embedding before the position is added (spec/sop.md 1.2).
+        self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim))
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images [N, 3, H, W], mask [N, L] bool → head of [CLS] [N, d], head of the masked tokens [M, d], row-major."""
+        cls, patches = split_tokens(self.vit, tokens(self.vit, images, mask, self.mask_token))
+        if mask is None:
+            return self.head(cls), cls.new_zeros(0, 0)
+        both = self.head(torch.cat([cls, patches[mask]]))
+        return both[: len(cls)], both[len(cls) :]
+
+
+class Teacher(nn.Module):
+    """The student's moving average: backbone and head, no gradient."""
+
+    def __init__(self, vit: VisionTransformer, head: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+        self.head = head
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, drawn: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean images [2B, 3, H, W] → head of [CLS] [2B, d], of the tokens that `mask` [2B, L] selects [M, d], and of
+        patch `drawn` [B] of each second view [B, d]. The head sees nothing else."""
+        cls, patches = split_tokens(self.vit, tokens(self.vit, images))
+        if mask is None or drawn is None:
+            return self.head(cls), cls.new_zeros(0, 0), cls.new_zeros(0, 0)
+        second = patches[len(images) // 2 :]
+        own = second[torch.arange(len(second), device=second.device), drawn]
+        masked = patches[mask]
+        rows = self.head(torch.cat([cls, masked, own]))
+        return rows[: len(cls)], rows[len(cls) : len(cls) + len(masked)], rows[len(cls) + len(masked) :]
+
+    @torch.no_grad()
+    def follow(self, student: Student, momentum: float) -> None:
+        """θ_t ← m·θ_t + (1 − m)·θ_s, over the parameters that both have (not the mask token)."""
+        for mine, theirs in ((self.vit, student.vit), (self.head, student.head)):
+            torch._foreach_lerp_(list(mine.parameters()), list(theirs.parameters()), 1.0 - momentum)
+
+
+def tokens(vit: VisionTransformer, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+    """All tokens after the final norm [N, prefix + L, C]; masked patches are replaced by `mask_token`."""
+    if mask is None:
+        return vit.forward_features(images)
+    assert mask_token is not None
+    x = vit.patch_embed(images)  # N h w C, as dynamic_img_size makes it
+    x = torch.where(mask.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
+    return vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))))
+
+
+def split_tokens(vit: VisionTransformer, all_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, prefix + L, C] → [CLS] [N, C] and patches [N, L, C] (registers are dropped)."""
+    return all_tokens[:, 0], all_tokens[:, vit.num_prefix_tokens :]
+
+
+def load_initial(path: Path, vit: VisionTransformer) -> None:
+    """Load a timm state dict or a run's encoder into `vit`; position embeddings are resized.
+
+    Raises `RefusalError` that names the keys which do not fit.
+    """
+    if path.is_dir():
+        read_run(path)
+        path = path / "encoder.safetensors"
+    if not path.is_file():
+        raise RefusalError(f"--init {path} is not a file: give a timm state dict (.safetensors, .pth) or a run folder")
+    try:
+        state: dict[str, Tensor] = (
+            load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as e:  # torch and safetensors raise types of their own
+        raise RefusalError(f"--init {path} cannot be read as weights ({type(e).__name__}: {e})") from e
+    for wrapper in ("state_dict", "model", "teacher"):
+        inner = state.get(wrapper)
+        if isinstance(inner, dict):
+            state = inner
+    state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if not k.startswith(("head", "fc_norm"))}
+    own = vit.state_dict()
+    if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        state["pos_embed"] = resample_abs_pos_embed(
+            state["pos_embed"], new_size=list(vit.patch_embed.grid_size), num_prefix_tokens=prefix
+        )
+    missing = sorted(own.keys() - state.keys())
+    unknown = sorted(state.keys() - own.keys())
+    wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if missing or unknown or wrong:
+        parts = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+            for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
+            if keys
+        ]
+        raise RefusalError(
+            f"--init {path} holds weights of another architecture than this encoder: {'; '.join(parts)}: choose the "
+            "matching --encoder, --patch-size and --image-size"
+        )
+    vit.load_state_dict(state)
