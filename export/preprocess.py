@@ -189,7 +189,7 @@ def _decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> Prepared
         rgb = rgb.transpose(_TRANSPOSE[orientation])
         if orientation >= 5:
             width, height = height, width
-    return Prepared(np.asarray(_fit(rgb, spec)), width, height, frames)
+    return Prepared(np.array(_fit(rgb, spec)), width, height, frames)
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:

@@ -1,12 +1,12 @@
 """Checkpoints, and what a run folder looks like.
 
-    run/
-        run.json              what ran, on what, with which reasons (export.bundle.RunManifest)
-        metrics.jsonl         one line per logged step and per measurement
-        unreadable.tsv        pictures that were skipped, with the reason
-        encoder.safetensors   the teacher's backbone after the last checkpoint
-        checkpoints/last.pt   everything needed to continue bit-identically
-        cache/                shrunk pictures
+run/
+    run.json              what ran, on what, with which reasons (export.bundle.RunManifest)
+    metrics.jsonl         one line per logged step and per measurement
+    unreadable.tsv        pictures that were skipped, with the reason
+    encoder.safetensors   the teacher's backbone after the last checkpoint
+    checkpoints/last.pt   everything needed to continue bit-identically
+    cache/                shrunk pictures
 """
 
 from __future__ import annotations

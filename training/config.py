@@ -262,7 +262,9 @@ def resolve(asked: Train, pictures: int, hardware: Hardware) -> tuple[Recipe, di
     half = max(64, 1 << (max(2, pictures // 2).bit_length() - 1))
     memory = asked.memory or min(values["memory"], half)
     if asked.memory is None:
-        why["memory"] = f"at most half of {pictures:,} pictures: in a larger memory an anchor's support is its own picture"
+        why["memory"] = (
+            f"at most half of {pictures:,} pictures: in a larger memory an anchor's support is its own picture"
+        )
     elif asked.memory > pictures:
         raise RefusalError(
             f"--memory {asked.memory} exceeds the {pictures:,} readable pictures: choose at most {max(64, pictures // 2)}"

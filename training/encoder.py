@@ -99,7 +99,9 @@ class Teacher(nn.Module):
             torch._foreach_lerp_(list(mine.parameters()), list(theirs.parameters()), 1.0 - momentum)
 
 
-def tokens(vit: VisionTransformer, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+def tokens(
+    vit: VisionTransformer, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
+) -> Tensor:
     """All tokens after the final norm [N, prefix + L, C]; masked patches are replaced by `mask_token`."""
     if mask is None:
         return vit.forward_features(images)
@@ -126,7 +128,9 @@ def load_initial(path: Path, vit: VisionTransformer) -> None:
         raise RefusalError(f"--init {path} is not a file: give a timm state dict (.safetensors, .pth) or a run folder")
     try:
         state: dict[str, Tensor] = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
         )
     except Exception as e:  # torch and safetensors raise types of their own
         raise RefusalError(f"--init {path} cannot be read as weights ({type(e).__name__}: {e})") from e

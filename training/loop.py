@@ -153,9 +153,7 @@ class Trainer:
         globals_ = torch.cat(
             [self.views(pictures, r.image_size, r.global_scale, kind, generator) for kind in ("first", "second")]
         )
-        locals_ = [
-            self.views(pictures, r.local_size, r.local_scale, "local", generator) for _ in range(r.local_crops)
-        ]
+        locals_ = [self.views(pictures, r.local_size, r.local_scale, "local", generator) for _ in range(r.local_crops)]
         mask = drawn = None
         if r.mim_weight:
             side = r.image_size // r.patch_size
@@ -172,17 +170,13 @@ class Trainer:
         # Similarities, votes and losses: float32, outside autocast.
         prototypes = draw_prototypes(self.memory.rows, r.anchors, r.support, generator, r.smoothing)
         temperatures = (r.student_temperature, teacher_temperature)
-        terms = {
-            "loss_image": image_loss(torch.cat(parts), teacher_cls, 2 + r.local_crops, prototypes, *temperatures)
-        }
+        terms = {"loss_image": image_loss(torch.cat(parts), teacher_cls, 2 + r.local_crops, prototypes, *temperatures)}
         total = terms["loss_image"]
         if r.koleo_weight:
             terms["koleo"] = (koleo(student_cls[:B]) + koleo(student_cls[B:])) / 2
             total = total + r.koleo_weight * terms["koleo"]
         if mask is not None:
-            patches = draw_prototypes(
-                self.patch_memory.rows, r.patch_anchors, r.patch_support, generator, r.smoothing
-            )
+            patches = draw_prototypes(self.patch_memory.rows, r.patch_anchors, r.patch_support, generator, r.smoothing)
             terms["loss_patch"] = patch_loss(student_masked, teacher_masked, mask, patches, *temperatures)
             total = total + r.mim_weight * terms["loss_patch"]
         terms["loss"] = total
@@ -305,7 +299,9 @@ class Trainer:
                 continue  # changed since it was decoded; the sample does without it
             names.append(key.split("/", 1)[0] if "/" in key else "")
         if not rows:
-            raise RefusalError(f"none of the pictures in {self.asked.pictures} can be read any more: restore the folder")
+            raise RefusalError(
+                f"none of the pictures in {self.asked.pictures} can be read any more: restore the folder"
+            )
         classes = sorted(set(names))
         labels = None
         if 1 < len(classes) <= len(names) // 2 and "" not in classes:
@@ -412,7 +408,9 @@ class MetricsLog:
         if path.is_file():
             for line in path.read_text().splitlines():
                 try:
-                    if json.loads(line)["step"] < keep_below or (keep_below and json.loads(line)["step"] == keep_below and "health" not in line):
+                    if json.loads(line)["step"] < keep_below or (
+                        keep_below and json.loads(line)["step"] == keep_below and "health" not in line
+                    ):
                         kept.append(line)
                 except (ValueError, KeyError):
                     continue  # the line that a kill cut short

@@ -1,0 +1,59 @@
+# The whole ritual is `make check test`. `make` alone prints this help.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNTIME ?= cpu
+
+# demo
+IMAGES ?=
+MINUTES ?= 2
+
+.PHONY: help setup demo test test-slow test-gpu test-scale check format proto bench image clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.ready: pyproject.toml runs/setup.sh
+	@bash runs/setup.sh "$(PYTHON)" "$(VENV)" "$(RUNTIME),train,export,serve,dev" 7
+	@touch $@
+
+setup: $(VENV)/.ready ## Create the environment in .venv with everything (says how much it downloads first)
+
+demo: $(VENV)/.ready ## Pictures → trained encoder → bundle → collection → gRPC answers. IMAGES=FOLDER for your own
+	@$(BIN)/python runs/demo.py --minutes $(MINUTES) $(if $(IMAGES),--images "$(IMAGES)")
+
+test: $(VENV)/.ready ## The default tests (no GPU, under 6 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.ready ## Tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.ready ## Tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+test-scale: $(VENV)/.ready ## Tests on large inputs
+	$(BIN)/python -m pytest -m scale
+
+check: $(VENV)/.ready ## Format, lint, types, buf lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	cd proto && ../$(BIN)/buf lint
+
+format: $(VENV)/.ready ## Format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: $(VENV)/.ready ## Generate service/pb from proto/
+	$(BIN)/python runs/generate_proto.py
+
+bench: $(VENV)/.ready ## Every benchmark (BENCH=--quick for a trial)
+	for name in serve_search pretrain_shapes; do $(BIN)/python -m benchmarks.$$name --out runs/out/$$name $(BENCH) || exit 1; done
+
+image: ## Container image; VARIANT=cpu or cuda
+	docker build --build-arg VARIANT=$(or $(VARIANT),cpu) -t likewise:$(or $(VARIANT),cpu) .
+
+clean: ## Remove the environment and the demo's folder
+	rm -rf $(VENV) demo

@@ -1,0 +1,1 @@
+"""bundle → answers: image decoding, embedding, collections, the gRPC server and its client. Never torch."""

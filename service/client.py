@@ -1,0 +1,231 @@
+"""A typed client; hides the generated code.
+
+with Client("localhost:50051") as client:
+    for neighbor in client.search("pictures", image=Path("query.jpg").read_bytes(), top_k=5):
+        print(neighbor.key, neighbor.score)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import grpc
+import numpy as np
+from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from export.bundle import Embeddings
+from service.pb import likewise_pb2 as pb
+from service.pb import likewise_pb2_grpc as pb_grpc
+
+DEFAULT_SERVER = "localhost:50051"
+
+
+class CallError(Exception):
+    """The server refused a call, or could not be reached. The message is the server's sentence.
+
+    Attributes: `code` (name of the gRPC status, such as NOT_FOUND), `reason` (UPPER_SNAKE, '' where the server did not
+    answer), `metadata`, `retry_seconds` (when the server says that trying again may help).
+    """
+
+    def __init__(
+        self, message: str, code: str, reason: str = "", metadata: Mapping[str, str] | None = None,
+        retry_seconds: float | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.metadata = dict(metadata or {})
+        self.retry_seconds = retry_seconds
+
+
+class Neighbor(NamedTuple):
+    """A similar item."""
+
+    key: str
+    score: float
+    payload: dict[str, Any]
+    source_uri: str
+
+
+class Item(NamedTuple):
+    """A stored item; `vector` is float32 [D]."""
+
+    key: str
+    vector: Embeddings
+    payload: dict[str, Any]
+    source_uri: str
+    sequence: int
+
+
+class NewItem(NamedTuple):
+    """Something to store: with `image` (encoded bytes) or `vector` (float32 [D])."""
+
+    key: str
+    image: bytes | None = None
+    vector: Embeddings | Sequence[float] | None = None
+    payload: Mapping[str, Any] | None = None
+    source_uri: str = ""
+
+
+class CollectionInfo(NamedTuple):
+    """What a collection is."""
+
+    name: str
+    space_id: str
+    dimensions: int
+    item_count: int
+    sequence: int
+
+
+class EncoderInfo(NamedTuple):
+    """What embeds the pictures."""
+
+    space_id: str
+    dimensions: int
+    image_size: int
+    model: str
+    provider: str
+
+
+class Client:
+    """A connection to a Likewise server. Thread-safe. Every method raises `CallError`."""
+
+    def __init__(self, server: str = DEFAULT_SERVER, timeout: float = 30.0, max_message_mb: int = 64) -> None:
+        """`timeout` in seconds for each call."""
+        self.server = server
+        self._timeout = timeout
+        size = max_message_mb * 2**20
+        options = [("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", size)]
+        self._channel = grpc.insecure_channel(server, options)
+        self._encoder = pb_grpc.EncoderServiceStub(self._channel)
+        self._search = pb_grpc.SearchServiceStub(self._channel)
+        self._collections = pb_grpc.CollectionServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def ready(self) -> bool:
+        """Whether the server says that it serves (grpc.health.v1)."""
+        response = self._call(self._health.Check, health_pb2.HealthCheckRequest())
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def encoder(self) -> EncoderInfo:
+        """The server's encoder."""
+        e = self._call(self._encoder.GetEncoder, pb.GetEncoderRequest()).encoder
+        return EncoderInfo(e.space_id, e.dimensions, e.image_size, e.model, e.provider)
+
+    def embed(self, images: Sequence[bytes]) -> list[Embeddings | CallError]:
+        """Unit vectors float32 [D] of encoded pictures, at most 256; a `CallError` in the place of each that failed."""
+        request = pb.EmbedRequest(images=[pb.Image(content=image) for image in images])
+        results = self._call(self._encoder.Embed, request).results
+        return [_error(r.error) if r.HasField("error") else np.array(r.embedding.values, np.float32) for r in results]
+
+    def search(
+        self, collection: str, *, image: bytes | None = None, vector: Embeddings | Sequence[float] | None = None,
+        key: str | None = None, top_k: int = 10, min_score: float | None = None, space_id: str = "",
+    ) -> list[Neighbor]:  # fmt: skip
+        """Neighbours of a picture, a vector or a stored item (give one of them), best first."""
+        request = pb.SearchRequest(
+            collection=collection, top_k=top_k, space_id=space_id,
+            image=None if image is None else pb.Image(content=image),
+            vector=None if vector is None else pb.Vector(values=np.asarray(vector, np.float32).tolist()),
+            key=key, min_score=min_score,
+        )  # fmt: skip
+        return [
+            Neighbor(n.key, n.score, json_format.MessageToDict(n.payload), n.source_uri)
+            for n in self._call(self._search.Search, request).neighbors
+        ]
+
+    def upsert(self, collection: str, items: Sequence[NewItem], space_id: str = "") -> list[int | CallError]:
+        """Insert or replace at most 256 items; a sequence number each, or a `CallError` in the place of one that failed."""
+        request = pb.UpsertItemsRequest(
+            collection=collection, space_id=space_id, items=[_new_item(item) for item in items]
+        )
+        results = self._call(self._collections.UpsertItems, request).results
+        return [_error(r.error) if r.HasField("error") else r.sequence for r in results]
+
+    def delete(self, collection: str, keys: Sequence[str]) -> list[str]:
+        """Delete items by key, at most 1000; returns the keys that did not exist."""
+        request = pb.DeleteItemsRequest(collection=collection, keys=keys)
+        return list(self._call(self._collections.DeleteItems, request).missing_keys)
+
+    def get(self, collection: str, key: str) -> Item:
+        """One item."""
+        i = self._call(self._collections.GetItem, pb.GetItemRequest(collection=collection, key=key)).item
+        vector = np.array(i.vector.values, np.float32)
+        return Item(i.key, vector, json_format.MessageToDict(i.payload), i.source_uri, i.sequence)
+
+    def create_collection(self, name: str) -> CollectionInfo:
+        """Make an empty collection."""
+        return _info(self._call(self._collections.CreateCollection, pb.CreateCollectionRequest(name=name)).collection)
+
+    def collection(self, name: str) -> CollectionInfo:
+        """One collection."""
+        return _info(self._call(self._collections.GetCollection, pb.GetCollectionRequest(name=name)).collection)
+
+    def collections(self) -> list[CollectionInfo]:
+        """Every collection, by name."""
+        found: list[CollectionInfo] = []
+        token = ""
+        while True:
+            page = self._call(self._collections.ListCollections, pb.ListCollectionsRequest(page_token=token))
+            found += [_info(c) for c in page.collections]
+            token = page.next_page_token
+            if not token:
+                return found
+
+    def delete_collection(self, name: str) -> None:
+        """Delete a collection, for good."""
+        self._call(self._collections.DeleteCollection, pb.DeleteCollectionRequest(name=name))
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout)
+        except grpc.RpcError as e:
+            code = e.code()
+            for name, value in e.trailing_metadata() or ():
+                if name == "grpc-status-details-bin":
+                    status = status_pb2.Status.FromString(value)
+                    raise _error(status) from None
+            message = e.details() or code.name
+            if code == grpc.StatusCode.UNAVAILABLE:
+                message = f"no server answers at {self.server} ({message}): start one with `likewise serve`"
+            raise CallError(message, code.name) from None
+
+
+def _error(status: status_pb2.Status) -> CallError:
+    code = next(code.name for code in grpc.StatusCode if code.value[0] == status.code)
+    reason, metadata, retry = "", {}, None
+    for detail in status.details:
+        info, delay = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            reason, metadata = info.reason, dict(info.metadata)
+        elif detail.Unpack(delay):
+            retry = delay.retry_delay.ToTimedelta().total_seconds()
+    return CallError(status.message, code, reason, metadata, retry)
+
+
+def _new_item(item: NewItem) -> pb.NewItem:
+    payload = Struct()
+    payload.update(dict(item.payload or {}))
+    return pb.NewItem(
+        key=item.key, payload=payload, source_uri=item.source_uri,
+        image=None if item.image is None else pb.Image(content=item.image),
+        vector=None if item.vector is None else pb.Vector(values=np.asarray(item.vector, np.float32).tolist()),
+    )  # fmt: skip
+
+
+def _info(c: pb.Collection) -> CollectionInfo:
+    return CollectionInfo(c.name, c.space_id, c.dimensions, c.item_count, c.sequence)

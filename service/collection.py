@@ -1,0 +1,419 @@
+"""A collection: durable, searchable, online (architecture 3.3).
+
+    collection/
+        collection.json    CollectionManifest
+        records.sqlite     the record of truth and only commit point
+        segments/NNNN/     immutable vectors and index
+        lock               held by the one process that writes
+
+A search is exact over the fresh rows plus FAISS over the segments, on an immutable `_View` that writers replace; so
+readers never wait, and see every acknowledged write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from export.bundle import Contract, Embeddings, RefusalError, read_contract, write_file
+from service.errors import InvalidArgumentError, MismatchError, NotFoundError
+from service.index import Bitmap
+from service.records import NewRow, Records
+from service.segment import Segment, StoredRow, write_segment
+
+COLLECTION_FORMAT = 1
+MAX_KEY_BYTES = 512
+# Fresh rows are searched exactly; beyond this many they are worth a segment.
+FRESH_LIMIT = 10_000
+
+
+class CollectionManifest(Contract):
+    """collection.json."""
+
+    format_version: int = COLLECTION_FORMAT
+    """Format of the folder."""
+    space_id: str
+    """Embedding space of the vectors."""
+    dim: int
+    """Their length."""
+    metric: str = "cosine"
+    """How they are compared."""
+    created: datetime
+    """When."""
+
+
+class Hit(NamedTuple):
+    """A neighbour."""
+
+    row: StoredRow
+    score: float
+
+
+class StoredItem(NamedTuple):
+    """An item with its vector."""
+
+    row: StoredRow
+    vector: Embeddings
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A segment and which of its rows live (None: all)."""
+
+    segment: Segment
+    live: Bitmap | None = None
+
+    def without(self, positions: Sequence[int]) -> _Part:
+        """The same with some rows dead."""
+        flags = np.ones(len(self.segment), np.uint8)
+        if self.live is not None:
+            flags = np.unpackbits(self.live, bitorder="little")[: len(self.segment)]
+        flags[list(positions)] = 0
+        return replace(self, live=np.packbits(flags, bitorder="little"))
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a search sees: never changed once published."""
+
+    parts: tuple[_Part, ...]
+    fresh_rows: tuple[StoredRow, ...]
+    fresh_vectors: Embeddings  # N D
+
+
+class Collection:
+    """One collection, open for writing by this process. Thread-safe."""
+
+    def __init__(self, folder: Path, space_id: str | None = None) -> None:
+        """Open. Raises `RefusalError` when it is not one, is damaged, locked, or of another space than `space_id`."""
+        self.folder = folder
+        path = folder / "collection.json"
+        if not path.is_file():
+            raise RefusalError(
+                f"{folder} is not a collection (no collection.json): make one with `likewise index build --bundle BUNDLE "
+                f"--images PICTURES --out {folder}`"
+            )
+        again = "restore the collection from a backup, or build it again"
+        self.manifest = read_contract(path, CollectionManifest, COLLECTION_FORMAT, again)
+        if space_id is not None and space_id != self.manifest.space_id:
+            raise RefusalError(
+                f"{folder} holds vectors of space {self.manifest.space_id}, the bundle makes {space_id} "
+                "(MODEL_INDEX_MISMATCH): use the bundle that the collection was built with, or build it again with "
+                "this one"
+            )
+        self._lock_file = _lock(folder)
+        try:
+            self._records = Records(folder / "records.sqlite")
+            self._write_lock = threading.Lock()
+            self._flush_lock = threading.Lock()
+            self._remove_orphans()
+            self._view = self._load()
+            self._count = self._records.count()
+        except BaseException:
+            self._lock_file.close()
+            raise
+
+    @classmethod
+    def create(cls, folder: Path, space_id: str, dim: int) -> Collection:
+        """Make an empty collection. Raises `RefusalError` when the folder exists and is not empty."""
+        if folder.is_dir() and any(p.name not in ("building", "lock", "unreadable.tsv") for p in folder.iterdir()):
+            raise RefusalError(f"{folder} exists and is not a collection: choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = CollectionManifest(space_id=space_id, dim=dim, created=datetime.now(UTC).replace(microsecond=0))
+        write_file(folder / "collection.json", manifest.model_dump_json(indent=2))
+        return cls(folder)
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.folder.name
+
+    @property
+    def space_id(self) -> str:
+        """Embedding space of its vectors."""
+        return self.manifest.space_id
+
+    @property
+    def dim(self) -> int:
+        """Length of its vectors."""
+        return self.manifest.dim
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def sequence(self) -> int:
+        """Sequence number of the last write."""
+        with self._write_lock:
+            return self._records.counter("sequence")
+
+    @property
+    def fresh_count(self) -> int:
+        """Rows that no segment holds yet."""
+        return len(self._view.fresh_rows)
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def search(
+        self, queries: Embeddings, k: int, min_score: float | None = None, leave_out: str | None = None
+    ) -> list[list[Hit]]:
+        """The k most similar live rows of each query [Q, D], best first; ties by key. Vectors are scaled to length 1."""
+        queries = unit_rows(queries, self.dim, "vector")
+        view = self._view
+        wanted = k + (leave_out is not None)
+        found: list[list[tuple[float, str, _Part | None, int]]] = [[] for _ in queries]
+        for part in view.parts:
+            scores, positions = part.segment.search(queries, wanted, part.live)
+            for query, row_scores, row_positions in zip(found, scores.tolist(), positions.tolist(), strict=True):
+                query += [
+                    (score, part.segment.key(at), part, at)
+                    for score, at in zip(row_scores, row_positions, strict=True)
+                    if at >= 0
+                ]
+        if view.fresh_rows:
+            similarity = queries @ view.fresh_vectors.T
+            top = min(wanted, len(view.fresh_rows))
+            best = np.argpartition(-similarity, top - 1, axis=1)[:, :top]
+            for query, row_scores, positions in zip(found, similarity, best.tolist(), strict=True):
+                query += [(float(row_scores[at]), view.fresh_rows[at].key, None, at) for at in positions]
+        results = []
+        for candidates in found:
+            candidates.sort(key=lambda c: (-c[0], c[1]))
+            hits = [
+                Hit(view.fresh_rows[at] if part is None else part.segment.row(at), score)
+                for score, key, part, at in candidates[:wanted]
+                if key != leave_out and (min_score is None or score >= min_score)
+            ]
+            results.append(hits[:k])
+        return results
+
+    def get(self, key: str) -> StoredItem:
+        """A live item. Raises `NotFoundError`."""
+        with self._write_lock:
+            record, view = self._records.live(key), self._view
+        if record is None:
+            raise NotFoundError(f"the collection {self.name!r} has no item with the key {key!r}", "item", key)
+        if record.vector is not None:
+            return StoredItem(record.row, record.vector)
+        segment = next(part.segment for part in view.parts if int(part.segment.folder.name) == record.segment)
+        return StoredItem(record.row, np.array(segment.vectors[segment.position(record.row.id)]))
+
+    def files(self) -> dict[str, tuple[int | None, int | None]]:
+        """Size and time of change of the file behind each key."""
+        with self._write_lock:
+            return self._records.files()
+
+    # --- writing ------------------------------------------------------------------------------------------------
+
+    def upsert(self, rows: Sequence[NewRow], vectors: Embeddings) -> list[int]:
+        """Insert or replace rows with vectors [N, D]; returns sequence numbers. Durable and visible on return.
+
+        Of rows with the same key the last one counts. Raises `InvalidArgumentError`; then nothing was written.
+        """
+        for i, row in enumerate(rows):
+            check_key(row.key, f"items[{i}].key")
+        if not rows:
+            return []
+        vectors = unit_rows(vectors, self.dim, "items.vector")
+        with self._write_lock:
+            with self._records.transaction():
+                first_id = self._records.take("id", len(rows))
+                first = self._records.take("sequence", len(rows))
+                ids, sequences = range(first_id, first_id + len(rows)), range(first, first + len(rows))
+                replaced = [self._records.live(row.key) for row in rows]
+                for i in range(len(rows)):  # one by one: a key may repeat
+                    self._records.insert(
+                        rows[i : i + 1], ids[i : i + 1], sequences[i : i + 1], None, vectors[i : i + 1]
+                    )
+            last = {row.key: i for i, row in enumerate(rows)}
+            stored = {
+                i: StoredRow(ids[i], rows[i].key, rows[i].payload, rows[i].source_uri, sequences[i])
+                for i in sorted(last.values())
+            }
+            dead = {record.row.id: record.segment for record in replaced if record is not None}
+            self._publish_writes(dead, list(stored.values()), vectors[list(stored)])
+        return list(sequences)
+
+    def delete(self, keys: Sequence[str]) -> list[str]:
+        """Delete items; returns the keys that did not exist. Durable and visible on return."""
+        missing, dead = [], {}
+        with self._write_lock:
+            with self._records.transaction():
+                for key in dict.fromkeys(keys):
+                    record = self._records.live(key)
+                    if record is None:
+                        missing.append(key)
+                    else:
+                        self._records.bury(key, self._records.take("sequence"))
+                        dead[record.row.id] = record.segment
+            self._publish_writes(dead, [], np.zeros((0, self.dim), np.float32))
+        return missing
+
+    def add_segment(self, rows: Sequence[NewRow], vectors: Embeddings, variant: str, provider: str) -> None:
+        """Insert or replace many rows at once, as a segment of their own. Durable and visible on return."""
+        for row in rows:
+            check_key(row.key, "key")
+        vectors = unit_rows(vectors, self.dim, "vector")
+        with self._flush_lock, self._write_lock:
+            with self._records.transaction():  # numbers first: they are in the segment's file
+                number = self._records.take("segment")
+                first_id = self._records.take("id", len(rows))
+                first = self._records.take("sequence", len(rows))
+            ids, sequences = range(first_id, first_id + len(rows)), range(first, first + len(rows))
+            stored = [
+                StoredRow(i, row.key, row.payload, row.source_uri, s)
+                for i, s, row in zip(ids, sequences, rows, strict=True)
+            ]
+            write_segment(self._segment_folder(number), stored, vectors, variant, provider)
+            with self._records.transaction():
+                self._records.insert(rows, ids, sequences, number, None)
+                self._records.adopt(number)
+            self._view = self._load()
+            self._count = self._records.count()
+
+    def flush(self) -> None:
+        """Move the fresh rows into a segment. Searches and writes go on meanwhile."""
+        with self._flush_lock:
+            with self._write_lock:
+                view = self._view
+                if not view.fresh_rows:
+                    return
+                with self._records.transaction():
+                    number = self._records.take("segment")
+            folder = self._segment_folder(number)
+            write_segment(folder, view.fresh_rows, view.fresh_vectors, "fp32", "mixed")
+            with self._write_lock:
+                with self._records.transaction():
+                    self._records.adopt(number, [row.id for row in view.fresh_rows])
+                self._view = self._load()
+
+    def close(self) -> None:
+        """Release files and lock."""
+        with self._flush_lock, self._write_lock:
+            self._records.close()
+            self._lock_file.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _segment_folder(self, number: int) -> Path:
+        return self.folder / "segments" / f"{number:04d}"
+
+    def _publish_writes(self, dead: dict[int, int | None], rows: list[StoredRow], vectors: Embeddings) -> None:
+        """Replace the view after a commit: rows `dead` (id → segment) go, `rows` come."""
+        view = self._view
+        parts = []
+        for part in view.parts:
+            number = int(part.segment.folder.name)
+            gone = [part.segment.position(i) for i, segment in dead.items() if segment == number]
+            parts.append(part.without(gone) if gone else part)
+        kept_rows, kept = view.fresh_rows, view.fresh_vectors
+        if any(segment is None for segment in dead.values()):
+            keep = [at for at, row in enumerate(kept_rows) if row.id not in dead]
+            kept_rows, kept = tuple(kept_rows[at] for at in keep), kept[keep]
+        if rows:
+            kept_rows, kept = (*kept_rows, *rows), np.concatenate([kept, vectors])
+        self._view = _View(tuple(parts), kept_rows, kept)
+        self._count += len(rows) - len(dead)
+
+    def _remove_orphans(self) -> None:
+        """Segments that were written but never committed: a kill came between."""
+        committed = {f"{number:04d}" for number in self._records.segments()}
+        for folder in (self.folder / "segments").glob("*"):
+            if folder.name not in committed:
+                shutil.rmtree(folder)
+
+    def _load(self) -> _View:
+        """The view that the records describe; segments that are open already are kept."""
+        known = (
+            {int(part.segment.folder.name): part.segment for part in self._view.parts} if hasattr(self, "_view") else {}
+        )
+        numbers = self._records.segments()
+        dead: dict[int, list[int]] = {}
+        for number, row_id in self._records.tombstones():
+            dead.setdefault(number, []).append(row_id)
+        parts = []
+        for number in numbers:
+            segment = known.get(number) or Segment(self._segment_folder(number))
+            part = _Part(segment)
+            if number in dead:
+                part = part.without(np.searchsorted(segment.ids, dead[number]).tolist())
+            parts.append(part)
+        fresh = self._records.fresh()
+        vectors = [record.vector for record in fresh if record.vector is not None]
+        matrix = np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
+        return _View(tuple(parts), tuple(record.row for record in fresh), matrix)
+
+
+def check_key(key: str, field: str) -> None:
+    """Raises `InvalidArgumentError` for keys that cannot be stored."""
+    size = len(key.encode("utf-8", "replace"))
+    if not 1 <= size <= MAX_KEY_BYTES:
+        raise InvalidArgumentError(
+            f"the key has {size} bytes of UTF-8, 1 to {MAX_KEY_BYTES} are allowed: shorten it", "BAD_KEY", field
+        )
+
+
+def check_space(found: str, expected: str) -> None:
+    """Raises `MismatchError` when a request names another space; an empty name passes."""
+    if found and found != expected:
+        raise MismatchError(
+            f"the vectors are of space {found}, this server and its collections are of {expected}: embed the pictures "
+            "with this server's encoder",
+            found,
+            expected,
+        )
+
+
+def unit_rows(vectors: Embeddings, dim: int, field: str) -> Embeddings:
+    """float32 [N, dim], each row scaled to length 1. Raises `InvalidArgumentError`."""
+    vectors = np.ascontiguousarray(np.atleast_2d(vectors), np.float32)
+    if vectors.shape[1] != dim:
+        raise InvalidArgumentError(
+            f"the vector has {vectors.shape[1]} values, the encoder makes {dim}: send an embedding of this server's "
+            "encoder",
+            "BAD_DIMENSIONS",
+            field,
+        )
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not np.isfinite(lengths).all() or (lengths < 1e-12).any():
+        raise InvalidArgumentError(
+            "the vector is zero or holds values that are not finite: send an embedding", "BAD_VECTOR", field
+        )
+    # Rows that are unit already stay bit-identical: what was embedded is what is stored.
+    scaled: Embeddings = np.where(np.abs(lengths - 1) < 1e-6, vectors, vectors / lengths)
+    return scaled
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Take the writer's lock. Raises `RefusalError` that names the owner."""
+    file = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        try:
+            owner = json.loads(file.read())
+            who = f"process {owner['pid']} on {owner['host']} (since {owner['since']})"
+        except (ValueError, KeyError):
+            who = "another process"
+        file.close()
+        raise RefusalError(
+            f"{folder} is open for writing by {who}: stop it first, or send your writes to that server"
+        ) from None
+    file.seek(0)
+    file.truncate()
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+    file.flush()
+    return file

@@ -1,0 +1,53 @@
+"""Settings of `likewise serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from export.preprocess import DecodeLimits
+
+
+class Serve(BaseModel):
+    """Serve a bundle and its collections over gRPC, with Prometheus metrics on a port of their own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    bundle: Path
+    """The bundle that embeds pictures."""
+    collections: Path = Path("collections")
+    """A folder of collections (made where absent), or a single collection."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface. There is no authentication yet."""
+    port: int = Field(50051, ge=0, le=65535)
+    """gRPC port; 0 takes a free one and prints it."""
+    metrics_port: int = Field(9464, ge=0, le=65535)
+    """Prometheus port; 0 turns it off."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to embed."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; the process's quota where absent."""
+    max_batch: int = Field(32, ge=1, le=64)
+    """Pictures per run of the encoder."""
+    max_wait_ms: float = Field(2.0, ge=0)
+    """How long a batch waits for more pictures."""
+    queue_limit: int = Field(512, ge=1)
+    """Pictures that may wait or be worked on; beyond that requests are refused at once with RESOURCE_EXHAUSTED."""
+    max_message_mb: int = Field(64, ge=1, le=1024)
+    """Largest request, in MiB."""
+    limits: DecodeLimits = DecodeLimits(max_bytes=32 * 2**20)
+    """What pictures are accepted."""
+    check_seconds: float = Field(10.0, gt=0)
+    """How often the canary picture and query are tried; readiness follows their outcome."""
+    drain_seconds: float = Field(0.0, ge=0)
+    """After SIGTERM: how long to answer NOT_SERVING, and still serve, before no new call is taken."""
+    grace_seconds: float = Field(10.0, ge=0)
+    """After that: how long calls in flight may take."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        from service.server import serve
+
+        return serve(self)

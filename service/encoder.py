@@ -1,0 +1,70 @@
+"""Encoded pictures → unit vectors: decoding threads in front of the runtime."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from export.bundle import Bundle, Embeddings
+from export.preprocess import DecodeLimits, Pixels, UnreadablePictureError, preprocess
+from export.runtime import Device, Runtime, cpu_quota
+
+# Every picture of a build runs in a batch of this size or of its shard's remainder, so that a build that was killed
+# and continued computes the same bits.
+BUILD_BATCH = 32
+
+
+class Decoded(NamedTuple):
+    """Pixels, the time they took, and the frames of the file (the first one is used)."""
+
+    pixels: Pixels
+    seconds: float
+    frames: int
+
+
+class Encoder:
+    """A bundle that embeds pictures.
+
+    Attributes: `bundle`, `runtime`, `limits`, `decoders` (the thread pool that decoding runs in).
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: Device = "auto", threads: int | None = None, limits: DecodeLimits | None = None
+    ) -> None:
+        """Loads the graph and checks its canary. Raises `RefusalError`."""
+        self.bundle = bundle
+        self.limits = limits or DecodeLimits()
+        self.runtime = Runtime(bundle, device, threads)
+        self.decoders = ThreadPoolExecutor(threads or cpu_quota(), thread_name_prefix="decode")
+
+    @property
+    def space_id(self) -> str:
+        """The space of its vectors."""
+        return self.bundle.space_id
+
+    @property
+    def dim(self) -> int:
+        """Their length."""
+        return self.bundle.dim
+
+    def decode(self, data: bytes) -> Decoded:
+        """Pixels of an encoded picture. Raises `UnreadablePictureError`."""
+        start = time.perf_counter()
+        prepared = preprocess(data, self.bundle.manifest.preprocess, self.limits)
+        return Decoded(prepared.pixels, time.perf_counter() - start, prepared.frames)
+
+    def try_decode(self, data: bytes) -> Decoded | UnreadablePictureError:
+        """The same, with the refusal as a value."""
+        try:
+            return self.decode(data)
+        except UnreadablePictureError as e:
+            return e
+
+    def embed(self, pixels: Pixels) -> Embeddings:
+        """uint8 [N, H, W, 3] → float32 [N, D], unit rows."""
+        return self.runtime.embed(pixels)
+
+    def close(self) -> None:
+        """Stop the decoding threads."""
+        self.decoders.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,159 @@
+"""What can go wrong, and how the API says it.
+
+    ServiceError                          code                  reason
+    ├── InvalidArgumentError              INVALID_ARGUMENT      BAD_REQUEST, or a picture's own reason
+    ├── NotFoundError                     NOT_FOUND             COLLECTION_NOT_FOUND, ITEM_NOT_FOUND
+    ├── AlreadyExistsError                ALREADY_EXISTS        COLLECTION_EXISTS
+    ├── MismatchError                     FAILED_PRECONDITION   MODEL_INDEX_MISMATCH
+    ├── PreconditionError                 FAILED_PRECONDITION   COLLECTIONS_FIXED, ...
+    ├── QueueFullError                    RESOURCE_EXHAUSTED    QUEUE_FULL (RetryInfo)
+    ├── ExpiredError                      DEADLINE_EXCEEDED     EXPIRED_IN_QUEUE
+    ├── UnavailableError                  UNAVAILABLE           DRAINING, ENCODER_UNHEALTHY (RetryInfo)
+    ├── DataLossError                     DATA_LOSS             INDEX_CHECKSUM
+    └── InternalError                     INTERNAL              INTERNAL
+
+Messages are whole sentences; every variable in one is also in `metadata` (AIP-193).
+"""
+
+from __future__ import annotations
+
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2 as details
+from google.rpc.code_pb2 import Code
+from google.rpc.status_pb2 import Status
+
+from export.preprocess import UnreadablePictureError
+
+DOMAIN = "likewise"
+
+
+class ServiceError(Exception):
+    """Base of everything that the API answers with."""
+
+    code: int = Code.INTERNAL
+    default_reason = "INTERNAL"
+    retry_seconds: float | None = None
+
+    def __init__(self, message: str, reason: str | None = None, field: str = "", **metadata: object) -> None:
+        super().__init__(message)
+        #: UPPER_SNAKE word that programs branch on
+        self.reason = reason or self.default_reason
+        #: path of the offending request field, where there is one
+        self.field = field
+        #: the message's variables
+        self.metadata = {name: str(value) for name, value in metadata.items()}
+
+    def status(self) -> Status:
+        """google.rpc.Status with ErrorInfo and the detail that fits."""
+        status = Status(code=self.code, message=str(self))
+        status.details.append(_pack(details.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)))
+        if self.field:
+            violation = details.BadRequest.FieldViolation(field=self.field, description=str(self), reason=self.reason)
+            status.details.append(_pack(details.BadRequest(field_violations=[violation])))
+        if self.retry_seconds is not None:
+            delay = Duration()
+            delay.FromMilliseconds(int(self.retry_seconds * 1000))
+            status.details.append(_pack(details.RetryInfo(retry_delay=delay)))
+        return status
+
+
+class InvalidArgumentError(ServiceError):
+    """The request can never succeed as it is."""
+
+    code = Code.INVALID_ARGUMENT
+    default_reason = "BAD_REQUEST"
+
+
+class NotFoundError(ServiceError):
+    """A collection or an item does not exist."""
+
+    code = Code.NOT_FOUND
+    default_reason = "ITEM_NOT_FOUND"
+
+    def __init__(self, message: str, kind: str, name: str) -> None:
+        super().__init__(message, f"{kind.upper()}_NOT_FOUND", **{kind: name})
+        self._resource = details.ResourceInfo(resource_type=kind, resource_name=name, description=message)
+
+    def status(self) -> Status:
+        """Adds ResourceInfo."""
+        status = super().status()
+        status.details.append(_pack(self._resource))
+        return status
+
+
+class AlreadyExistsError(ServiceError):
+    """A collection of that name exists."""
+
+    code = Code.ALREADY_EXISTS
+    default_reason = "COLLECTION_EXISTS"
+
+
+class PreconditionError(ServiceError):
+    """The server's state forbids it."""
+
+    code = Code.FAILED_PRECONDITION
+    default_reason = "FAILED_PRECONDITION"
+
+
+class MismatchError(PreconditionError):
+    """Vectors of another encoder."""
+
+    default_reason = "MODEL_INDEX_MISMATCH"
+
+    def __init__(self, message: str, found: str, expected: str) -> None:
+        super().__init__(message, found_space_id=found, expected_space_id=expected)
+
+    def status(self) -> Status:
+        """Adds PreconditionFailure."""
+        status = super().status()
+        violation = details.PreconditionFailure.Violation(
+            type=self.reason, subject=self.metadata["expected_space_id"], description=str(self)
+        )
+        status.details.append(_pack(details.PreconditionFailure(violations=[violation])))
+        return status
+
+
+class QueueFullError(ServiceError):
+    """Too much work is waiting."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    default_reason = "QUEUE_FULL"
+    retry_seconds = 0.5
+
+
+class ExpiredError(ServiceError):
+    """The deadline passed before any compute."""
+
+    code = Code.DEADLINE_EXCEEDED
+    default_reason = "EXPIRED_IN_QUEUE"
+
+
+class UnavailableError(ServiceError):
+    """Try again, here or elsewhere."""
+
+    code = Code.UNAVAILABLE
+    default_reason = "DRAINING"
+    retry_seconds = 1.0
+
+
+class DataLossError(ServiceError):
+    """A stored file is not what was written."""
+
+    code = Code.DATA_LOSS
+    default_reason = "INDEX_CHECKSUM"
+
+
+class InternalError(ServiceError):
+    """A fault of ours."""
+
+
+def unreadable(error: UnreadablePictureError, field: str) -> InvalidArgumentError:
+    """A picture's refusal as the API says it."""
+    return InvalidArgumentError(str(error), error.reason, field)
+
+
+def _pack(message: details.ErrorInfo | details.BadRequest | details.RetryInfo | details.ResourceInfo | details.PreconditionFailure) -> AnyMessage:  # fmt: skip
+    packed = AnyMessage()
+    packed.Pack(message)
+    return packed

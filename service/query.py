@@ -1,0 +1,69 @@
+"""`likewise query`: the neighbours of a picture, as a table and as a contact sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import CliPositionalArg
+from rich.console import Console
+from rich.table import Table
+
+from export.bundle import RefusalError
+
+
+class Query(BaseModel):
+    """Ask a server for the neighbours of a picture; print them as a table, or draw them as a contact sheet."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    picture: CliPositionalArg[Path]
+    """The picture to find neighbours of."""
+    server: str = "localhost:50051"
+    """Address of the server."""
+    collection: str | None = None
+    """Name of the collection; not needed where the server has one only."""
+    top_k: int = Field(10, ge=1, le=1000)
+    """How many neighbours."""
+    out: Path | None = None
+    """Draw a contact sheet into this file (.png or .jpg)."""
+    images: Path | None = None
+    """Where the collection's pictures lie on this machine, if not where they were indexed."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        from service.client import CallError, Client
+
+        try:
+            data = self.picture.read_bytes()
+        except OSError as e:
+            raise RefusalError(f"{self.picture} cannot be read ({e.strerror}): give a picture file") from e
+        try:
+            with Client(self.server) as client:
+                name = self.collection or _only([c.name for c in client.collections()])
+                neighbors = client.search(name, image=data, top_k=self.top_k)
+        except CallError as e:
+            picture = f"{self.picture}: " if e.reason.startswith("IMAGE_") else ""
+            raise RefusalError(f"{picture}{e}") from e
+        table = Table("", "key", "score", "payload", box=None)
+        for rank, neighbor in enumerate(neighbors, 1):
+            payload: dict[str, Any] = {k: v for k, v in neighbor.payload.items() if v != ""}
+            table.add_row(str(rank), neighbor.key, f"{neighbor.score:.3f}", str(payload) if payload else "")
+        Console(highlight=False).print(table)
+        if not neighbors:
+            print(f"the collection {name!r} is empty")
+        if self.out:
+            from service.sheet import Tile, draw_sheet, picture_of
+
+            tiles = [Tile(picture_of(n.source_uri, n.key, self.images), f"{n.score:.3f} {n.key}") for n in neighbors]
+            draw_sheet([(Tile(data, self.picture.name), tiles)], self.out)
+            print(f"drawn in {self.out}")
+        return 0
+
+
+def _only(names: list[str]) -> str:
+    if len(names) != 1:
+        known = ", ".join(names[:10]) or "none"
+        raise RefusalError(f"the server has {len(names)} collections ({known}): choose one with --collection")
+    return names[0]

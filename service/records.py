@@ -1,0 +1,176 @@
+"""records.sqlite: the record of truth of a collection, and its only commit point.
+
+A write is acknowledged after its transaction; with WAL and synchronous=FULL it then survives kill -9 and power loss.
+A row that was replaced or deleted stays as a tombstone (live = 0) with the sequence number of that write.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from export.bundle import Embeddings, RefusalError
+from service.segment import StoredRow
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS items (
+    id INTEGER PRIMARY KEY,
+    key TEXT NOT NULL,
+    sequence INTEGER NOT NULL,
+    live INTEGER NOT NULL,
+    segment INTEGER,              -- NULL: fresh, its vector is here
+    vector BLOB,                  -- float32
+    payload TEXT NOT NULL,        -- JSON object
+    source_uri TEXT NOT NULL,
+    file_size INTEGER,            -- of items that came from a file
+    file_mtime_ns INTEGER
+) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS items_live_key ON items (key) WHERE live = 1;
+CREATE INDEX IF NOT EXISTS items_sequence ON items (sequence);
+CREATE TABLE IF NOT EXISTS segments (number INTEGER PRIMARY KEY) STRICT;
+CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
+INSERT OR IGNORE INTO counters VALUES ('sequence', 0), ('id', 0), ('segment', 0);
+"""
+
+
+class NewRow(NamedTuple):
+    """A row to be written."""
+
+    key: str
+    payload: str = "{}"
+    source_uri: str = ""
+    file_size: int | None = None
+    file_mtime_ns: int | None = None
+
+
+class Record(NamedTuple):
+    """A live row as SQLite knows it."""
+
+    row: StoredRow
+    segment: int | None
+    vector: Embeddings | None
+
+
+class Records:
+    """One connection; not thread-safe, its owner serialises."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create. Raises `RefusalError` when the file is damaged."""
+        self._path = path
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_TABLES)
+            problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.DatabaseError as e:
+            problem = str(e)
+        if problem != "ok":
+            self._db.close()
+            raise RefusalError(
+                f"{path} is damaged ({problem}): restore the collection from a backup, or build it again"
+            )
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit on leaving, roll back on any error."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def take(self, counter: str, count: int = 1) -> int:
+        """Advance a counter and return the first of the `count` numbers taken. Inside a transaction."""
+        (last,) = self._db.execute(
+            "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value", (count, counter)
+        ).fetchone()
+        return int(last) - count + 1
+
+    def counter(self, name: str) -> int:
+        """A counter's value."""
+        return int(self._db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()[0])
+
+    def insert(
+        self, rows: Sequence[NewRow], ids: Sequence[int], sequences: Sequence[int], segment: int | None,
+        vectors: Embeddings | None,
+    ) -> None:  # fmt: skip
+        """Insert live rows; live rows of the same keys become tombstones first. Inside a transaction."""
+        self._db.executemany(
+            "UPDATE items SET live = 0, sequence = ?, vector = NULL, payload = '{}' WHERE key = ? AND live = 1",
+            [(s, row.key) for s, row in zip(sequences, rows, strict=True)],
+        )
+        blobs = [None] * len(rows) if vectors is None else [np.ascontiguousarray(v).tobytes() for v in vectors]
+        self._db.executemany(
+            "INSERT INTO items (id, key, sequence, live, segment, vector, payload, source_uri, file_size, file_mtime_ns) "
+            "VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?, ?)",
+            [
+                (i, row.key, s, segment, blob, row.payload, row.source_uri, row.file_size, row.file_mtime_ns)
+                for i, s, row, blob in zip(ids, sequences, rows, blobs, strict=True)
+            ],
+        )
+
+    def bury(self, key: str, sequence: int) -> bool:
+        """Turn the live row of a key into a tombstone; whether there was one. Inside a transaction."""
+        done = self._db.execute(
+            "UPDATE items SET live = 0, sequence = ?, vector = NULL, payload = '{}' WHERE key = ? AND live = 1",
+            (sequence, key),
+        )
+        return done.rowcount > 0
+
+    def adopt(self, segment: int, ids: Sequence[int] | None = None) -> None:
+        """Make a written segment live; fresh rows `ids`, dead ones too, move into it. Inside a transaction."""
+        self._db.execute("INSERT INTO segments VALUES (?)", (segment,))
+        if ids is not None:
+            self._db.executemany(
+                "UPDATE items SET segment = ?, vector = NULL WHERE id = ?", [(segment, i) for i in ids]
+            )
+
+    def live(self, key: str) -> Record | None:
+        """The live row of a key."""
+        found = self._db.execute(
+            "SELECT id, key, payload, source_uri, sequence, segment, vector FROM items WHERE key = ? AND live = 1",
+            (key,),
+        ).fetchone()
+        return _record(found) if found else None
+
+    def fresh(self) -> list[Record]:
+        """Live rows that are in no segment yet, by id."""
+        rows = self._db.execute(
+            "SELECT id, key, payload, source_uri, sequence, segment, vector FROM items "
+            "WHERE live = 1 AND segment IS NULL ORDER BY id"
+        )
+        return [_record(row) for row in rows]
+
+    def tombstones(self) -> list[tuple[int, int]]:
+        """(segment, id) of dead rows that a segment still holds."""
+        return self._db.execute("SELECT segment, id FROM items WHERE live = 0 AND segment IS NOT NULL").fetchall()
+
+    def segments(self) -> list[int]:
+        """Numbers of the live segments."""
+        return [number for (number,) in self._db.execute("SELECT number FROM segments ORDER BY number")]
+
+    def count(self) -> int:
+        """Live rows."""
+        return int(self._db.execute("SELECT count(*) FROM items WHERE live = 1").fetchone()[0])
+
+    def files(self) -> dict[str, tuple[int | None, int | None]]:
+        """Size and time of change of the file behind each live key."""
+        rows = self._db.execute("SELECT key, file_size, file_mtime_ns FROM items WHERE live = 1")
+        return {key: (size, mtime) for key, size, mtime in rows}
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._db.close()
+
+
+def _record(found: tuple[int, str, str, str, int, int | None, bytes | None]) -> Record:
+    vector = None if found[6] is None else np.frombuffer(found[6], np.float32)
+    return Record(StoredRow(*found[:5]), found[5], vector)

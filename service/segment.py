@@ -1,0 +1,135 @@
+"""Immutable segments of a collection.
+
+segments/0001/
+    vectors.npy    float32 [N, D], unit rows, memory-mapped
+    rows.arrow     id, key, payload, source_uri, sequence: memory-mapped, so that queries never read SQLite
+    index.faiss    nearest neighbours over the rows' positions
+    segment.json   counts, checksums, how the index was made, who made the vectors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from export.bundle import Contract, Embeddings, RefusalError, publish, read_contract, sha256_file, write_file
+from service.index import Bitmap, Rows, build_index, read_index, search_index, write_index
+
+SEGMENT_FORMAT = 1
+_FILES = ("vectors.npy", "rows.arrow", "index.faiss")
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("key", pa.string()),
+        ("payload", pa.string()),
+        ("source_uri", pa.string()),
+        ("sequence", pa.int64()),
+    ]
+)
+
+
+class SegmentManifest(Contract):
+    """segment.json."""
+
+    format_version: int = SEGMENT_FORMAT
+    """Format of the segment folder."""
+    rows: int
+    """Vectors in it."""
+    dim: int
+    """Their length."""
+    factory: str
+    """FAISS factory string of the index."""
+    nprobe: int
+    """Lists visited per query (0: exact)."""
+    recall_at_10: float
+    """Measured against exact search."""
+    variant: str
+    """Variant of the model that made the vectors."""
+    provider: str
+    """Execution provider that made them."""
+    sha256: dict[str, str]
+    """Checksum per file."""
+
+
+class StoredRow(NamedTuple):
+    """A row as a query returns it."""
+
+    id: int
+    key: str
+    payload: str
+    source_uri: str
+    sequence: int
+
+
+class Segment:
+    """An opened segment whose files match their checksums."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `RefusalError` on missing or damaged files."""
+        again = "restore the folder from a backup, or build the collection again"
+        path = folder / "segment.json"
+        if not path.is_file():
+            raise RefusalError(f"{folder} is part of the collection, but {path.name} is missing there: {again}")
+        self.manifest = read_contract(path, SegmentManifest, SEGMENT_FORMAT, again)
+        for name in _FILES:
+            file = folder / name
+            found = sha256_file(file) if file.is_file() else "nothing"
+            if found != self.manifest.sha256[name]:
+                raise RefusalError(
+                    f"{file} has checksum {found[:12]}…, segment.json says {self.manifest.sha256[name][:12]}…: the file "
+                    f"was damaged; {again}"
+                )
+        self.folder = folder
+        self.vectors: Embeddings = np.load(folder / "vectors.npy", mmap_mode="r")
+        with pa.memory_map(str(folder / "rows.arrow")) as source:
+            self._table = pa.ipc.open_file(source).read_all()
+        self.ids: Rows = self._table["id"].to_numpy()
+        self._index = read_index(folder / "index.faiss", self.manifest.rows, self.manifest.dim)
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def search(self, queries: Embeddings, k: int, live: Bitmap | None) -> tuple[Embeddings, Rows]:
+        """Scores and positions [Q, k] among the live rows; −1 where there are fewer."""
+        return search_index(self._index, queries, min(k, len(self)), self.manifest.nprobe, live)
+
+    def row(self, position: int) -> StoredRow:
+        """The row at a position."""
+        return StoredRow(*(self._table[name][position].as_py() for name in _SCHEMA.names))
+
+    def key(self, position: int) -> str:
+        """Its key alone."""
+        key: str = self._table["key"][position].as_py()
+        return key
+
+    def position(self, row_id: int) -> int:
+        """Where the row with an id is; ids ascend."""
+        return int(np.searchsorted(self.ids, row_id))
+
+
+def write_segment(folder: Path, rows: Sequence[StoredRow], vectors: Embeddings, variant: str, provider: str) -> None:
+    """Write a whole segment durably: afterwards it is there complete, or not at all. `rows` ascend by id."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary.mkdir(parents=True)
+    np.save(temporary / "vectors.npy", vectors)
+    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _SCHEMA, strict=True)]
+    with pa.OSFile(str(temporary / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+    index, info = build_index(vectors)
+    write_index(index, temporary / "index.faiss")
+    manifest = SegmentManifest(
+        rows=len(rows),
+        dim=vectors.shape[1],
+        factory=info.factory,
+        nprobe=info.nprobe,
+        recall_at_10=info.recall_at_10,
+        variant=variant,
+        provider=provider,
+        sha256={name: sha256_file(temporary / name) for name in _FILES},
+    )
+    write_file(temporary / "segment.json", manifest.model_dump_json(indent=2))
+    publish(temporary, folder)

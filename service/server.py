@@ -1,0 +1,153 @@
+"""The gRPC server: assembly, readiness, graceful stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from importlib import metadata
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from rich.console import Console
+
+from export.bundle import Bundle, RefusalError
+from export.preprocess import Pixels
+from export.runtime import canary_pixels
+from service.batching import Batcher
+from service.config import Serve
+from service.encoder import Encoder
+from service.errors import ServiceError
+from service.metrics import Metrics
+from service.pb import likewise_pb2 as pb
+from service.pb import likewise_pb2_grpc as pb_grpc
+from service.servicer import CollectionService, EncoderService, Engine, ErrorInterceptor, SearchService
+from service.store import Store
+
+SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+def serve(asked: Serve) -> int:
+    """Run `likewise serve` until SIGTERM or SIGINT. Raises `RefusalError`."""
+    return asyncio.run(_serve(asked))
+
+
+async def _serve(asked: Serve) -> int:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    server = Server(asked)
+    await server.start()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    names = ", ".join(f"{c.name} ({len(c):,})" for c in server.engine.store.all()) or "none yet"
+    console.print(
+        f"serving {server.engine.encoder.space_id} on {asked.host}:{server.port}   provider "
+        f"{server.engine.encoder.runtime.provider} ({server.engine.encoder.runtime.provider_reason})   collections: {names}"
+    )
+    if asked.metrics_port:
+        console.print(f"metrics on http://{asked.host}:{asked.metrics_port}/metrics")
+    await stop.wait()
+    console.print("draining")
+    await server.stop()
+    console.print("stopped")
+    return 0
+
+
+class Server:
+    """A server in this process's event loop; tests and `serve` use it alike.
+
+    Attributes: `engine`, `port` (after `start`).
+    """
+
+    def __init__(self, asked: Serve) -> None:
+        """Load everything. Raises `RefusalError`."""
+        self._asked = asked
+        bundle = Bundle.open(asked.bundle)
+        metrics = Metrics()
+        encoder = Encoder(bundle, asked.device, asked.threads, asked.limits)
+        store = Store(asked.collections, bundle.space_id, bundle.dim)
+        metrics.watch(store)
+        metrics.build_info.labels(
+            version=metadata.version("likewise"), space_id=bundle.space_id, provider=encoder.runtime.provider
+        ).set(1)
+        batcher = Batcher(encoder.embed, asked.max_batch, asked.max_wait_ms / 1000, asked.queue_limit, metrics)
+        self.engine = Engine(encoder, batcher, store, metrics)
+        self._canary: Pixels = canary_pixels(bundle)[0]
+        self._expected = np.asarray(bundle.manifest.canary[0].embedding, np.float32)
+        self._floor = bundle.manifest.canary_min_cosine["fp32"]
+        self._health = health.aio.HealthServicer()
+        self._checks: asyncio.Task[None] | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        """Listen; ready once the canary came back right. Raises `RefusalError` when a port is taken."""
+        asked = self._asked
+        size = asked.max_message_mb * 2**20
+        self._server = grpc.aio.server(
+            interceptors=[ErrorInterceptor(self.engine.metrics)],
+            options=[
+                ("grpc.max_receive_message_length", size),
+                ("grpc.max_send_message_length", size),
+                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+            ],
+        )
+        pb_grpc.add_EncoderServiceServicer_to_server(EncoderService(self.engine), self._server)
+        pb_grpc.add_SearchServiceServicer_to_server(SearchService(self.engine), self._server)
+        pb_grpc.add_CollectionServiceServicer_to_server(CollectionService(self.engine), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        try:
+            self.port = self._server.add_insecure_port(f"{asked.host}:{asked.port}")
+        except RuntimeError:
+            self.engine.close()
+            raise RefusalError(
+                f"the port {asked.host}:{asked.port} cannot be opened, most likely another server has it: stop that one, "
+                "or pass another --port"
+            ) from None
+        if asked.metrics_port:
+            try:
+                self.engine.metrics.serve(asked.host, asked.metrics_port)
+            except RefusalError:
+                self.engine.close()
+                raise
+        self.engine.batcher.start()
+        await self._set_ready(await self._check())
+        await self._server.start()
+        self._checks = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Answer NOT_SERVING, drain, finish what is in flight, close the store."""
+        if self._checks is not None:
+            self._checks.cancel()
+        await self._health.enter_graceful_shutdown()
+        self.engine.metrics.ready.set(0)
+        await asyncio.sleep(self._asked.drain_seconds)
+        await self._server.stop(self._asked.grace_seconds)
+        await self.engine.batcher.stop()
+        await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._asked.check_seconds)
+            await self._set_ready(await self._check())
+
+    async def _check(self) -> bool:
+        """One canary picture through the encoder, and its vector through every collection, within the interval."""
+        try:
+            async with asyncio.timeout(self._asked.check_seconds):
+                vector = (await self.engine.batcher.embed(self._canary, None)).vector
+                for collection in self.engine.store.all():
+                    await self.engine.write(collection.search, vector[None], 1)
+        except (TimeoutError, ServiceError) as e:
+            print(f"likewise: not ready, the canary failed: {e or 'it took too long'}", flush=True)
+            return False
+        return float(vector @ self._expected) >= self._floor
+
+    async def _set_ready(self, ready: bool) -> None:
+        for name in ("", *SERVICES):
+            await self._health.set(name, _SERVING if ready else _NOT_SERVING)
+        self.engine.metrics.ready.set(ready)

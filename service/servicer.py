@@ -1,0 +1,385 @@
+"""The RPCs: message → call → message, one short method each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+from google.protobuf import json_format
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.struct_pb2 import Struct
+
+from export.bundle import Embeddings
+from export.preprocess import UnreadablePictureError
+from service.batching import Batcher, Embedded
+from service.collection import FRESH_LIMIT, Collection, Hit, check_key, check_space, unit_rows
+from service.encoder import Encoder
+from service.errors import InternalError, InvalidArgumentError, ServiceError, unreadable
+from service.metrics import Metrics
+from service.pb import likewise_pb2 as pb
+from service.pb import likewise_pb2_grpc as pb_grpc
+from service.records import NewRow
+from service.store import Store
+
+MAX_ITEMS = 256
+MAX_KEYS = 1000
+MAX_TOP_K = 1000
+
+Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
+
+
+@dataclass
+class Clock:
+    """Times of one request, in seconds."""
+
+    started: float = field(default_factory=time.monotonic)
+    decode: float = 0.0
+    queue: float = 0.0
+    infer: float = 0.0
+    search: float = 0.0
+
+    def timings(self) -> pb.Timings:
+        """As a message."""
+        total = time.monotonic() - self.started
+        return pb.Timings(
+            total=_duration(total), decode=_duration(self.decode), queue=_duration(self.queue),
+            infer=_duration(self.infer), search=_duration(self.search),
+        )  # fmt: skip
+
+
+class Engine:
+    """What the services share: the encoder behind its batcher, the store, and the threads that search and write."""
+
+    def __init__(self, encoder: Encoder, batcher: Batcher, store: Store, metrics: Metrics) -> None:
+        self.encoder, self.batcher, self.store, self.metrics = encoder, batcher, store, metrics
+        self._searchers = ThreadPoolExecutor(encoder.runtime.threads, thread_name_prefix="search")
+        self._writers = ThreadPoolExecutor(4, thread_name_prefix="write")
+        self._flushes: set[asyncio.Task[None]] = set()
+
+    async def embed(self, contents: list[bytes], fields: list[str], context: Context, clock: Clock) -> list[Embeddings | ServiceError]:  # fmt: skip
+        """Vectors of encoded pictures, or why there is none. Raises `QueueFullError` for all of them."""
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        self.batcher.admit(len(contents))
+        try:
+            return await asyncio.gather(
+                *(self._embed_one(c, f, deadline, clock) for c, f in zip(contents, fields, strict=True))
+            )
+        finally:
+            self.batcher.release(len(contents))
+
+    async def _embed_one(
+        self, content: bytes, path: str, deadline: float | None, clock: Clock
+    ) -> Embeddings | ServiceError:
+        try:
+            loop = asyncio.get_running_loop()
+            decoded = await loop.run_in_executor(self.encoder.decoders, self.encoder.decode, content)
+            self.metrics.decode_seconds.observe(decoded.seconds)
+            clock.decode += decoded.seconds
+            done: Embedded = await self.batcher.embed(decoded.pixels, deadline)
+        except UnreadablePictureError as e:
+            self.metrics.images.labels(outcome=e.reason).inc()
+            return unreadable(e, path)
+        except ServiceError as e:
+            self.metrics.images.labels(outcome=e.reason).inc()
+            return e
+        self.metrics.images.labels(outcome="ok").inc()
+        clock.queue, clock.infer = max(clock.queue, done.queue_seconds), max(clock.infer, done.infer_seconds)
+        return done.vector
+
+    async def search(self, collection: Collection, query: Embeddings, k: int, min_score: float | None, leave_out: str | None, clock: Clock) -> list[Hit]:  # fmt: skip
+        """Neighbours of one vector."""
+        start = time.monotonic()
+        (hits,) = await asyncio.get_running_loop().run_in_executor(
+            self._searchers, collection.search, query[None], k, min_score, leave_out
+        )
+        clock.search = time.monotonic() - start
+        self.metrics.search_seconds.observe(clock.search)
+        return hits
+
+    async def write(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Run a blocking call of the store in a thread; a write that has begun is finished even if its caller leaves."""
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writers, call, *arguments))
+
+    def flush_when_due(self, collection: Collection) -> None:
+        """Move fresh rows into a segment in the background once there are many."""
+        if collection.fresh_count >= FRESH_LIMIT and not self._flushes:
+            task = asyncio.create_task(self.write(collection.flush))
+            self._flushes.add(task)
+            task.add_done_callback(self._flushes.discard)
+
+    def close(self) -> None:
+        """Wait for writes, then close the store and the threads."""
+        self._writers.shutdown(wait=True)
+        self._searchers.shutdown(wait=True)
+        self.store.close()
+        self.encoder.close()
+
+
+class EncoderService(pb_grpc.EncoderServiceServicer):
+    """likewise.v1.EncoderService."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
+        """See the proto."""
+        clock = Clock()
+        _count(len(request.images), MAX_ITEMS, "images")
+        fields = [f"images[{i}].content" for i in range(len(request.images))]
+        rows = await self._engine.embed([image.content for image in request.images], fields, context, clock)
+        results = [
+            pb.EmbedResult(error=row.status())
+            if isinstance(row, ServiceError)
+            else pb.EmbedResult(embedding=pb.Vector(values=row.tolist()))
+            for row in rows
+        ]
+        return pb.EmbedResponse(results=results, space_id=self._engine.encoder.space_id, timings=clock.timings())
+
+    async def GetEncoder(self, request: pb.GetEncoderRequest, context: Context) -> pb.GetEncoderResponse:  # noqa: N802
+        """See the proto."""
+        encoder = self._engine.encoder
+        spec = encoder.bundle.manifest.encoder
+        return pb.GetEncoderResponse(
+            encoder=pb.Encoder(
+                space_id=encoder.space_id, dimensions=encoder.dim, image_size=spec.image_size, model=spec.model,
+                provider=encoder.runtime.provider, max_image_bytes=encoder.limits.max_bytes,
+                max_image_pixels=encoder.limits.max_pixels,
+            )
+        )  # fmt: skip
+
+
+class SearchService(pb_grpc.SearchServiceServicer):
+    """likewise.v1.SearchService."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:  # noqa: N802
+        """See the proto."""
+        clock = Clock()
+        engine = self._engine
+        collection = engine.store.get(request.collection)
+        k = request.top_k or 10
+        if not 1 <= k <= MAX_TOP_K:
+            raise InvalidArgumentError(
+                f"top_k is {k}, 1 to {MAX_TOP_K} are allowed", "BAD_TOP_K", "top_k", top_k=k, limit=MAX_TOP_K
+            )
+        check_space(request.space_id, collection.space_id)
+        kind = request.WhichOneof("query")
+        leave_out = None
+        if kind == "image":
+            (row,) = await engine.embed([request.image.content], ["image.content"], context, clock)
+            if isinstance(row, ServiceError):
+                raise row
+            query = row
+        elif kind == "vector":
+            query = unit_rows(np.array(request.vector.values, np.float32), collection.dim, "vector")[0]
+        elif kind == "key":
+            item = await engine.write(collection.get, request.key)
+            query, leave_out = item.vector, request.key
+        else:
+            raise InvalidArgumentError("the query is missing: set image, vector or key", field="query")
+        min_score = request.min_score if request.HasField("min_score") else None
+        hits = await engine.search(collection, query, k, min_score, leave_out, clock)
+        neighbors = [
+            pb.Neighbor(
+                key=hit.row.key, score=hit.score, payload=_struct(hit.row.payload), source_uri=hit.row.source_uri
+            )
+            for hit in hits
+        ]
+        return pb.SearchResponse(neighbors=neighbors, space_id=collection.space_id, timings=clock.timings())
+
+
+class CollectionService(pb_grpc.CollectionServiceServicer):
+    """likewise.v1.CollectionService."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def CreateCollection(self, request: pb.CreateCollectionRequest, context: Context) -> pb.CreateCollectionResponse:  # noqa: N802  # fmt: skip
+        """See the proto."""
+        collection = await self._engine.write(self._engine.store.create, request.name)
+        return pb.CreateCollectionResponse(collection=_collection(collection))
+
+    async def GetCollection(self, request: pb.GetCollectionRequest, context: Context) -> pb.GetCollectionResponse:  # noqa: N802
+        """See the proto."""
+        collection = self._engine.store.get(request.name)
+        return pb.GetCollectionResponse(collection=await self._engine.write(_collection, collection))
+
+    async def ListCollections(self, request: pb.ListCollectionsRequest, context: Context) -> pb.ListCollectionsResponse:  # noqa: N802  # fmt: skip
+        """See the proto."""
+        size = request.page_size or 100
+        if not 1 <= size <= 1000:
+            raise InvalidArgumentError(f"page_size is {size}, 1 to 1000 are allowed", field="page_size")
+        rest = [c for c in self._engine.store.all() if c.name > request.page_token]
+        token = rest[size - 1].name if len(rest) > size else ""
+        page = [await self._engine.write(_collection, c) for c in rest[:size]]
+        return pb.ListCollectionsResponse(collections=page, next_page_token=token)
+
+    async def DeleteCollection(self, request: pb.DeleteCollectionRequest, context: Context) -> pb.DeleteCollectionResponse:  # noqa: N802  # fmt: skip
+        """See the proto."""
+        await self._engine.write(self._engine.store.delete, request.name)
+        return pb.DeleteCollectionResponse()
+
+    async def UpsertItems(self, request: pb.UpsertItemsRequest, context: Context) -> pb.UpsertItemsResponse:  # noqa: N802
+        """See the proto."""
+        clock = Clock()
+        engine = self._engine
+        collection = engine.store.get(request.collection)
+        _count(len(request.items), MAX_ITEMS, "items")
+        check_space(request.space_id, collection.space_id)
+        outcomes: list[Embeddings | ServiceError] = [
+            _given_vector(item, i, collection.dim) for i, item in enumerate(request.items)
+        ]
+        pictures = [
+            i for i, item in enumerate(request.items)
+            if item.WhichOneof("source") == "image" and not isinstance(outcomes[i], ServiceError)
+        ]  # fmt: skip
+        if pictures:
+            embedded = await engine.embed(
+                [request.items[i].image.content for i in pictures],
+                [f"items[{i}].image.content" for i in pictures],
+                context,
+                clock,
+            )
+            for i, row in zip(pictures, embedded, strict=True):
+                outcomes[i] = row
+        good = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, ServiceError)]
+        results = [
+            pb.UpsertResult(error=o.status()) if isinstance(o, ServiceError) else pb.UpsertResult() for o in outcomes
+        ]
+        if good:
+            rows = [NewRow(item.key, _json(item.payload), item.source_uri) for item in (request.items[i] for i in good)]
+            vectors = np.stack([outcomes[i] for i in good])  # type: ignore[misc]
+            sequences = await engine.write(collection.upsert, rows, vectors)
+            for i, sequence in zip(good, sequences, strict=True):
+                results[i].sequence = sequence
+            engine.flush_when_due(collection)
+        return pb.UpsertItemsResponse(results=results, space_id=collection.space_id, timings=clock.timings())
+
+    async def DeleteItems(self, request: pb.DeleteItemsRequest, context: Context) -> pb.DeleteItemsResponse:  # noqa: N802
+        """See the proto."""
+        collection = self._engine.store.get(request.collection)
+        _count(len(request.keys), MAX_KEYS, "keys")
+        missing = await self._engine.write(collection.delete, list(request.keys))
+        deleted = len(set(request.keys)) - len(missing)
+        return pb.DeleteItemsResponse(deleted_count=deleted, missing_keys=missing)
+
+    async def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:  # noqa: N802
+        """See the proto."""
+        collection = self._engine.store.get(request.collection)
+        row, vector = await self._engine.write(collection.get, request.key)
+        item = pb.Item(
+            key=row.key, vector=pb.Vector(values=vector.tolist()), payload=_struct(row.payload),
+            source_uri=row.source_uri, sequence=row.sequence,
+        )  # fmt: skip
+        return pb.GetItemResponse(item=item, space_id=collection.space_id)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Turns `ServiceError` into google.rpc.Status, anything else into INTERNAL without its secrets, and counts both."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Wrap the unary methods of our own services."""
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith("/likewise.") or handler.unary_unary is None:
+            return handler
+        method = details.method.removeprefix("/")
+        inner = handler.unary_unary
+
+        async def call(request: Any, context: Context) -> Any:
+            start = time.monotonic()
+            code = "CANCELLED"
+            self._metrics.in_flight.inc()
+            try:
+                response = await inner(request, context)
+                code = "OK"
+                return response
+            except ServiceError as e:
+                code = _code_name(e)
+                await _abort(context, e)
+            except Exception as e:
+                code = "INTERNAL"
+                print(f"likewise: {method} failed with {type(e).__name__}: {e}", flush=True)
+                import traceback
+
+                traceback.print_exc()
+                await _abort(context, InternalError("the server failed on this request; its log has the traceback"))
+            finally:
+                self._metrics.in_flight.dec()
+                self._metrics.requests.labels(method=method, code=code).inc()
+                self._metrics.request_seconds.labels(method=method).observe(time.monotonic() - start)
+
+        return grpc.unary_unary_rpc_method_handler(
+            call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        )
+
+
+async def _abort(context: Context, error: ServiceError) -> None:
+    status = error.status()
+    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+    await context.abort(code, status.message, (("grpc-status-details-bin", status.SerializeToString()),))
+
+
+def _code_name(error: ServiceError) -> str:
+    return next(code.name for code in grpc.StatusCode if code.value[0] == error.code)
+
+
+def _given_vector(item: pb.NewItem, i: int, dim: int) -> Embeddings | ServiceError:
+    """The item's own vector, a placeholder where it has a picture, or why it cannot be stored."""
+    try:
+        check_key(item.key, f"items[{i}].key")
+        kind = item.WhichOneof("source")
+        if kind is None:
+            raise InvalidArgumentError("the item has no source: set image or vector", field=f"items[{i}].source")
+        if kind == "vector":
+            return unit_rows(np.array(item.vector.values, np.float32), dim, f"items[{i}].vector")[0]
+    except ServiceError as e:
+        return e
+    return np.zeros(0, np.float32)
+
+
+def _count(found: int, limit: int, path: str) -> None:
+    if not 1 <= found <= limit:
+        raise InvalidArgumentError(
+            f"the request has {found} {path}, 1 to {limit} are allowed", "BAD_COUNT", path, count=found, limit=limit
+        )
+
+
+def _collection(collection: Collection) -> pb.Collection:
+    message = pb.Collection(
+        name=collection.name, space_id=collection.space_id, dimensions=collection.dim, item_count=len(collection),
+        sequence=collection.sequence,
+    )  # fmt: skip
+    message.create_time.FromDatetime(collection.manifest.created)
+    return message
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration
+
+
+def _struct(payload: str) -> Struct:
+    struct = Struct()
+    struct.update(json.loads(payload))
+    return struct
+
+
+def _json(struct: Struct) -> str:
+    return json.dumps(json_format.MessageToDict(struct))

@@ -1,0 +1,79 @@
+"""Contact sheets: a query and its neighbours as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.parse import unquote, urlparse
+
+from PIL import Image, ImageDraw, ImageFont
+
+from export.bundle import RefusalError
+from export.preprocess import PreprocessSpec, UnreadablePictureError, preprocess
+
+SIDE = 144
+_GAP, _TEXT = 8, 18
+_PAPER, _INK, _BLANK = (255, 255, 255), (40, 40, 40), (225, 225, 225)
+_FRAME = {"right": (46, 125, 50), "wrong": (198, 40, 40), "none": _PAPER}
+
+
+class Tile(NamedTuple):
+    """One picture of a sheet: encoded bytes (None where it cannot be had) and a caption."""
+
+    data: bytes | None
+    caption: str
+    mark: Literal["right", "wrong", "none"] = "none"
+
+
+def picture_of(source_uri: str, key: str, images: Path | None) -> bytes | None:
+    """The bytes of an item's picture, if its file is on this machine: below `images`, or where it was indexed."""
+    address = urlparse(source_uri)
+    candidates = [images / key] if images else []
+    if address.scheme == "file":
+        candidates.append(Path(unquote(address.path)))
+    for path in candidates:
+        try:
+            return path.read_bytes()
+        except OSError:
+            continue
+    return None
+
+
+def draw_sheet(rows: Sequence[tuple[Tile, Sequence[Tile]]], path: Path) -> None:
+    """Write a sheet with one row per query: the query, a gap, its neighbours in order. Raises `RefusalError`."""
+    columns = 1 + max(len(neighbors) for _, neighbors in rows)
+    width = columns * (SIDE + _GAP) + 2 * _GAP
+    height = len(rows) * (SIDE + _TEXT + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    for r, (query, neighbors) in enumerate(rows):
+        top = _GAP + r * (SIDE + _TEXT + _GAP)
+        for c, tile in enumerate((query, *neighbors)):
+            left = _GAP + c * (SIDE + _GAP) + (_GAP if c else 0)
+            pen.rectangle((left - 3, top - 3, left + SIDE + 2, top + SIDE + 2), fill=_FRAME[tile.mark])
+            sheet.paste(_thumbnail(tile.data), (left, top))
+            pen.text((left, top + SIDE + 4), _shorten(tile.caption, font), fill=_INK, font=font)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except (OSError, ValueError) as e:
+        raise RefusalError(f"{path} cannot be written ({e}): choose another --out, ending in .png or .jpg") from e
+
+
+def _thumbnail(data: bytes | None) -> Image.Image:
+    if data is not None:
+        try:
+            return Image.fromarray(preprocess(data, PreprocessSpec(size=SIDE, fit="pad")).pixels)
+        except UnreadablePictureError:
+            pass  # drawn as a blank tile, as a picture that is not here
+    return Image.new("RGB", (SIDE, SIDE), _BLANK)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(text) <= SIDE:
+        return text
+    while len(text) > 1 and font.getlength(text + "…") > SIDE:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,109 @@
+"""The collections of a server: a folder of them, or a single one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from pathlib import Path
+
+from export.bundle import RefusalError
+from service.collection import Collection
+from service.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PreconditionError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+class Store:
+    """Opens every collection of a folder for one embedding space."""
+
+    def __init__(self, folder: Path, space_id: str, dim: int) -> None:
+        """`folder` is a collection, or holds collections (it is made where absent).
+
+        Raises `RefusalError` when any of them cannot be served: a server that starts serves everything it was given.
+        """
+        self._space_id, self._dim = space_id, dim
+        self._lock = threading.Lock()
+        self._collections: dict[str, Collection] = {}
+        single = (folder / "collection.json").is_file()
+        self._root = None if single else folder
+        if not single:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise RefusalError(
+                    f"{folder} cannot be used for collections ({e.strerror}): choose another folder"
+                ) from e
+            for leftover in folder.glob(".deleted-*"):
+                shutil.rmtree(leftover)
+        folders = [folder] if single else sorted(p.parent for p in folder.glob("*/collection.json"))
+        try:
+            for path in folders:
+                if not NAME.fullmatch(path.name):
+                    raise RefusalError(
+                        f"{path} has a name that the API cannot carry: rename it to 1 to 63 of a-z, 0-9, '-' and '_', "
+                        "starting with a letter or digit"
+                    )
+                self._collections[path.name] = Collection(path, space_id)
+        except RefusalError:
+            self.close()
+            raise
+
+    def get(self, name: str) -> Collection:
+        """A collection by name. Raises `NotFoundError`."""
+        with self._lock:
+            collection = self._collections.get(name)
+            if collection is None:
+                known = ", ".join(sorted(self._collections)[:10]) or "none"
+                raise NotFoundError(f"there is no collection {name!r} (known: {known})", "collection", name)
+            return collection
+
+    def all(self) -> list[Collection]:
+        """Every collection, by name."""
+        with self._lock:
+            return [self._collections[name] for name in sorted(self._collections)]
+
+    def create(self, name: str) -> Collection:
+        """Make an empty collection."""
+        if not NAME.fullmatch(name):
+            raise InvalidArgumentError(
+                f"{name!r} cannot be a collection's name: 1 to 63 of a-z, 0-9, '-' and '_' are allowed, starting with a "
+                "letter or digit",
+                "BAD_NAME",
+                "name",
+            )
+        root = self._changeable()
+        with self._lock:
+            if name in self._collections:
+                raise AlreadyExistsError(f"the collection {name!r} exists already", collection=name)
+            try:
+                collection = Collection.create(root / name, self._space_id, self._dim)
+            except RefusalError as e:
+                raise PreconditionError(str(e), "FOLDER_IN_USE", collection=name) from e
+            self._collections[name] = collection
+            return collection
+
+    def delete(self, name: str) -> None:
+        """Delete a collection, for good."""
+        root = self._changeable()
+        collection = self.get(name)
+        with self._lock:
+            self._collections.pop(name, None)
+            collection.close()
+            gone = root / f".deleted-{name}"
+            collection.folder.rename(gone)
+        shutil.rmtree(gone)
+
+    def close(self) -> None:
+        """Close every collection."""
+        for collection in self._collections.values():
+            collection.close()
+
+    def _changeable(self) -> Path:
+        if self._root is None:
+            raise PreconditionError(
+                "this server was started on a single collection, so it cannot make or delete any: start it with "
+                "--collections on the folder above",
+                "COLLECTIONS_FIXED",
+            )
+        return self._root
