@@ -191,7 +191,7 @@ class Collection:
         for candidates in found:
             candidates.sort(key=lambda c: (-c[0], c[1]))
             hits = [
-                Hit(view.fresh_rows[at] if part is None else part.segment.row(at), score)
+                Hit(view.fresh_rows[at] if part is None else part.segment.row(at), max(-1.0, min(1.0, score)))
                 for score, key, part, at in candidates[:wanted]
                 if key != leave_out and (min_score is None or score >= min_score)
             ]

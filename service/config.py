@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +49,8 @@ class Serve(BaseModel):
 
     def cli_cmd(self) -> int:
         """Run the command."""
+        # gRPC's own log lines would stand beside our sentences; whoever wants them sets the variable.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from service.server import serve
 
         return serve(self)

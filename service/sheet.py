@@ -18,12 +18,16 @@ _PAPER, _INK, _BLANK = (255, 255, 255), (40, 40, 40), (225, 225, 225)
 _FRAME = {"right": (46, 125, 50), "wrong": (198, 40, 40), "none": _PAPER}
 
 
+Mark = Literal["right", "wrong", "none"]
+
+
 class Tile(NamedTuple):
     """One picture of a sheet: encoded bytes (None where it cannot be had) and a caption."""
 
     data: bytes | None
     caption: str
-    mark: Literal["right", "wrong", "none"] = "none"
+    mark: Mark = "none"
+    """Colour of the frame, where the truth is known."""
 
 
 def picture_of(source_uri: str, key: str, images: Path | None) -> bytes | None:

@@ -1,0 +1,269 @@
+"""The loop: mechanics, resume, refusals. Quality is measured by benchmarks/pretrain_shapes.py, never here."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from export.bundle import read_run
+from likewise import main
+from tests.conftest import TINY
+from tests.shapes import write_shapes
+from training.checkpoint import NAME as CHECKPOINT
+from training.config import Hardware, Recipe, Train, resolve
+from training.encoder import Student, Teacher, build_vit
+from training.head import Head
+from training.loop import clip_each, derive
+from training.masks import block_masks
+from training.monitor import Health, alarms
+
+CPU = Hardware("cpu", "2 CPU threads", 2, False)
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    return torch.load(run / CHECKPOINT, weights_only=True)
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def test_a_run_leaves_what_it_promises(run: Path, pictures: Path) -> None:
+    manifest = read_run(run)
+    assert manifest.steps_done == manifest.steps_total == 3
+    assert manifest.data.pictures == 64 and manifest.encoder.embedding_dim == 64
+    assert set(manifest.reasons) >= {"preset", "memory", "anchors", "precision"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
+    health = [line for line in lines if "health" in line]
+    assert health[0]["step"] == 0 and health[-1]["step"] == 3
+    assert all(-1 <= line["mean_cosine"] <= 1 and line["effective_rank"] > 1 for line in health)
+
+
+@pytest.mark.parametrize("mim", ["0", "1"])
+def test_a_stopped_run_continues_bit_identically(pictures: Path, tmp_path: Path, mim: str) -> None:
+    flags = ["--steps", "6", "--mim-weight", mim, "--checkpoint-minutes", "0.00001", *TINY]
+    assert main(["train", str(pictures), "--out", str(tmp_path / "whole"), *flags]) == 0
+    # The second run is killed by a signal after its first checkpoint past the start.
+    out = tmp_path / "cut"
+    command = [sys.executable, "-m", "likewise", "train", str(pictures), "--out", str(out), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "run.json").is_file() and json.loads((out / "run.json").read_bytes())["steps_done"] >= 1:
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.002)
+    assert process.wait(60) in (130, 0)
+    assert main(["train", str(pictures), "--out", str(out), "--resume", *flags]) == 0
+    assert same(checkpoint(tmp_path / "whole"), checkpoint(out))
+    a, b = ((r / "metrics.jsonl").read_text().splitlines() for r in (tmp_path / "whole", out))
+    steps = [[json.loads(line)["step"] for line in lines if "images_per_second" in line] for lines in (a, b)]
+    assert steps[0] == steps[1] == [1, 2, 3, 4, 5, 6]
+
+
+def test_three_sigkills_lose_nothing(pictures: Path, tmp_path: Path) -> None:
+    flags = ["--steps", "12", "--checkpoint-minutes", "0.00001", *TINY]
+    assert main(["train", str(pictures), "--out", str(tmp_path / "whole"), *flags]) == 0
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "likewise", "train", str(pictures), "--out", str(out), "--resume", *flags]
+    before = 0
+    for extra in (0.0, 0.05, 0.4):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if (out / CHECKPOINT).is_file():
+                time.sleep(extra)
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        done = checkpoint(out)["step"]
+        assert done >= before
+        before = done
+    assert main([*command[3:]]) == 0
+    assert same(checkpoint(tmp_path / "whole"), checkpoint(out))
+
+
+def test_zero_steps_write_the_untrained_network(pictures: Path, tmp_path: Path) -> None:
+    assert main(["train", str(pictures), "--out", str(tmp_path / "run"), "--steps", "0", *TINY]) == 0
+    torch.manual_seed(0)
+    vit = build_vit("vit_tiny_patch16_224", {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 8}, 32)
+    assert same(load_file(tmp_path / "run" / "encoder.safetensors"), vit.state_dict())
+
+
+def test_init_starts_from_a_timm_state_dict_or_a_run(run: Path, pictures: Path, tmp_path: Path) -> None:
+    state = load_file(run / "encoder.safetensors")
+    save_file({**state, "head.weight": torch.zeros(3, 64)}, tmp_path / "timm.safetensors")
+    for source in (run, tmp_path / "timm.safetensors"):
+        out = tmp_path / f"from-{source.name}"
+        assert main(["train", str(pictures), "--out", str(out), "--init", str(source), "--steps", "0", *TINY]) == 0
+        assert same(load_file(out / "encoder.safetensors"), state)
+
+
+def test_init_resizes_position_embeddings(run: Path, pictures: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--steps", "0"]
+    flags[flags.index("--image-size") + 1] = "64"
+    assert main(["train", str(pictures), "--out", str(tmp_path / "r"), "--init", str(run), *flags]) == 0
+    assert load_file(tmp_path / "r" / "encoder.safetensors")["pos_embed"].shape == (1, 65, 64)
+
+
+def test_refusals(run: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    out = tmp_path / "out"
+    assert "is not a folder" in refused("train", tmp_path / "nope", "--out", out)
+    (tmp_path / "empty").mkdir()
+    assert "holds no pictures" in refused("train", tmp_path / "empty", "--out", out)
+    few = write_shapes(tmp_path / "few", 9)
+    assert "9 readable pictures, at least 32" in refused("train", few, "--out", out, *TINY)
+    assert "--resume" in refused("train", pictures, "--out", run, *TINY)
+    assert "another configuration (" in refused("train", pictures, "--out", run, "--resume", "--steps", "9", *TINY)
+    assert "choose one" in refused("train", pictures, "--out", out, "--steps", "1", "--epochs", "1", *TINY)
+    o = tmp_path / "o"
+    assert "exceeds the 64" in refused("train", pictures, "--out", o, "--batch-size", "65", "--resume", *TINY)
+    assert "exceeds the 64" in refused("train", pictures, "--out", o, "--memory", "65", "--resume", *TINY)
+    sentence = refused("train", pictures, "--out", o, "--encoder", "vit_smal_patch16_224", "--resume")
+    assert "vit_small_patch16_224" in sentence
+    assert "not a ViT" in refused("train", pictures, "--out", o, "--encoder", "resnet18", "--resume")
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    bad = ["train", pictures, "--out", o, "--resume", "--init", tmp_path / "bad.safetensors", *TINY]
+    assert "cannot be read as weights" in refused(*bad)
+    wide = [*TINY]
+    wide[wide.index("vit_nano")] = "vit_micro"
+    sentence = refused("train", pictures, "--out", o, "--resume", "--init", run, *wide)
+    assert "another architecture" in sentence and "blocks." in sentence
+    damaged = tmp_path / "damaged"
+    (damaged / "checkpoints").mkdir(parents=True)
+    (damaged / CHECKPOINT).write_bytes(b"torn")
+    assert "is damaged" in refused("train", pictures, "--out", damaged, "--resume", "--steps", "1", *TINY)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    flags = ["--steps", "50", "--lr", "1e30", *TINY]
+    assert "lower --lr" in refused("train", pictures, "--out", tmp_path / "r", *flags)
+    assert checkpoint(tmp_path / "r")["step"] == 0
+
+
+def test_unreadable_pictures_are_listed_and_skipped(pictures: Path, tmp_path: Path) -> None:
+    folder = write_shapes(tmp_path / "some", 40)
+    (folder / "notes.jpg").write_text("not a picture")
+    (folder / "cut.png").write_bytes((folder / "star" / "00003.png").read_bytes()[:200])
+    assert main(["train", str(folder), "--out", str(tmp_path / "r"), "--steps", "1", *TINY]) == 0
+    listed = (tmp_path / "r" / "unreadable.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == ["cut.png", "notes.jpg"]
+    assert read_run(tmp_path / "r").data.unreadable == 2
+
+
+def recipe(pictures: int, hardware: Hardware = CPU, **asked: object) -> tuple[Recipe, dict[str, str]]:
+    return resolve(Train(pictures=Path("p"), out=Path("o"), **asked), pictures, hardware)
+
+
+def test_the_preset_follows_pictures_and_hardware() -> None:
+    small, why = recipe(4000)
+    assert (small.support, small.head_dim, small.smoothing, small.koleo_weight, small.mim_weight) == (4, 128, 0, 0.1, 0)
+    assert small.memory <= 2000 and "half" in why["memory"] and small.head_init == "default"
+    large, _ = recipe(1_000_000, Hardware("cuda", "H200", 16, True))
+    assert (large.memory, large.anchors, large.support, large.head_dim) == (65536, 4096, 8, 256)
+    assert (large.smoothing, large.koleo_weight, large.mim_weight, large.batch_size) == (0.1, 0, 1, 1024)
+    assert recipe(1_000_000)[0].preset == "small"  # no GPU
+    for pictures in (32, 33, 100, 1000, 49_999):
+        r, _ = recipe(pictures)
+        assert r.batch_size <= pictures and r.anchors + r.support <= r.memory and r.batch_size <= r.memory
+
+
+def test_student_and_teacher_compute_what_the_loss_needs() -> None:
+    vit = build_vit("vit_tiny_patch16_224", {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}, 32)
+    student, teacher = Student(vit, Head(32, 16, 8)), Teacher(vit, Head(32, 16, 8))
+    images = torch.randn(4, 3, 32, 32)
+    mask = torch.zeros(4, 16, dtype=torch.bool)
+    mask[0, :5] = mask[3, 2] = True
+    cls, patches = student(images, mask)
+    assert cls.shape == (4, 8) and patches.shape == (6, 8)
+    assert torch.allclose(patches.norm(dim=1), torch.ones(6), atol=1e-5)
+    # The mask token hides the picture: what lies under a mask changes nothing.
+    changed = images.clone()
+    changed[0, :, :8] = 7.0  # patches 0…3, all masked
+    assert torch.allclose(student(changed, mask)[0], cls, atol=1e-5)
+    assert not torch.allclose(student(changed)[0], student(images)[0], atol=1e-3)
+    # A batch without any mask still gives one drawn patch per picture to the patch memory.
+    none = torch.zeros(4, 16, dtype=torch.bool)
+    _, masked, drawn = teacher(images, none, torch.tensor([3, 9]))
+    assert masked.shape == (0, 8) and drawn.shape == (2, 8)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not any("mask_token" in name for name, _ in teacher.named_parameters())
+
+
+def test_ema() -> None:  # 14
+    kwargs = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
+    student = Student(build_vit("vit_tiny_patch16_224", kwargs, 32), Head(32, 16, 8))
+    teacher = Teacher(build_vit("vit_tiny_patch16_224", kwargs, 32), Head(32, 16, 8))
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    teacher.follow(student, 1.0)
+    assert same(dict(teacher.state_dict()), before)
+    teacher.follow(student, 0.75)
+    name = "head.mlp.0.weight"
+    expected = 0.75 * before[name] + 0.25 * student.state_dict()[name]
+    assert torch.allclose(teacher.state_dict()[name], expected)
+    teacher.follow(student, 0.0)
+    assert torch.allclose(teacher.state_dict()[name], student.state_dict()[name])
+
+
+def test_each_gradient_is_clipped_on_its_own() -> None:
+    module = torch.nn.Linear(2, 2)
+    module.weight.grad, module.bias.grad = torch.full((2, 2), 10.0), torch.full((2,), 0.1)
+    clip_each(module, 3.0)
+    assert module.weight.grad.norm().item() == pytest.approx(3.0, rel=1e-4)
+    assert torch.allclose(module.bias.grad, torch.full((2,), 0.1))
+
+
+def test_block_masks_stay_below_their_ratio() -> None:
+    masks = block_masks(200, 14, 14, 0.5, (0.1, 0.5), torch.Generator().manual_seed(0))
+    share = masks.float().mean(1)
+    assert 0.35 < (share > 0).float().mean().item() < 0.65
+    assert share.max().item() <= 0.5
+    assert share[share > 0].mean().item() > 0.15
+    again = block_masks(200, 14, 14, 0.5, (0.1, 0.5), torch.Generator().manual_seed(0))
+    assert torch.equal(masks, again)
+
+
+def test_alarms_speak_on_collapse_and_keep_silent_in_health() -> None:
+    healthy = Health(0.3, 15.0, 0.3, 2.0, 4.0, 0.1, 0.8, math.nan)
+    assert alarms([healthy, healthy], 0.5, 64) == []
+    point = healthy._replace(head_mean_cosine=0.999, effective_rank=1.5)
+    found = alarms([healthy, point], 0.5, 64)
+    assert any("nearly one point" in s for s in found) and any("dimensional" in s for s in found)
+    assert alarms([healthy, point], 0.05, 64) == []  # not during warm-up
+    few = healthy._replace(mean_vote_entropy=0.5)
+    assert any("few prototypes" in s for s in alarms([healthy, few], 0.5, 64))
+
+
+def test_seeds_of_different_steps_differ() -> None:
+    seeds = {derive(seed, purpose, n) for seed in (0, 1) for purpose in ("step", "epoch") for n in range(50)}
+    assert len(seeds) == 200 and all(0 <= s < 2**63 for s in seeds)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_trains_on_a_gpu(pictures: Path, tmp_path: Path) -> None:
+    flags = ["--encoder", "vit_nano", "--image-size", "32", "--patch-size", "8", "--device", "cuda", "--mim-weight", "1"]
+    assert main(["train", str(pictures), "--out", str(tmp_path / "r"), "--steps", "5", *flags]) == 0
+    assert "bfloat16" in read_run(tmp_path / "r").reasons["precision"]
+
+
