@@ -93,7 +93,8 @@ def main() -> None:
         print(f"  {'SOP, ' + str(epochs) + ' epochs' if name == 'run' else name:<28}kNN {value:5.1f} %")
     print(f"  mean cosine {ranks['run'][0]:.3f} (untrained {ranks['untrained'][0]:.3f}), ", end="")
     print(
-        f"effective rank {ranks['run'][1]:.1f} (untrained {ranks['untrained'][1]:.1f}), ln P {math.log(recipe['anchors']):.2f}"
+        f"effective rank {ranks['run'][1]:.1f} (untrained {ranks['untrained'][1]:.1f}), "
+        f"ln P {math.log(recipe['anchors']):.2f}"
     )
     print(f"  {health}\n")
     alarms = sum('"alarm"' in line for line in (run / "metrics.jsonl").read_text().splitlines())

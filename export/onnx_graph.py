@@ -8,7 +8,6 @@ import logging
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import cast
 
 import onnx
 import timm
@@ -56,7 +55,7 @@ def load_encoder(spec: EncoderSpec, weights: Path) -> EmbeddingGraph:
             f"{weights} does not fit the network that run.json describes ({str(e).splitlines()[0]}): resume the run so "
             "that it writes both again"
         ) from e
-    return cast(EmbeddingGraph, EmbeddingGraph(encoder, spec).eval())
+    return EmbeddingGraph(encoder, spec).eval()
 
 
 def write_graph(graph: EmbeddingGraph, image_size: int, path: Path) -> None:

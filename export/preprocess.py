@@ -20,14 +20,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 
 Pixels = npt.NDArray[np.uint8]
 
 # The formats we ask Pillow for. Its others run external programs (EPS) or are never photographs.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .mpo .png .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pnm .avif".split())
+SUFFIXES = frozenset(
+    f".{name}"
+    for name in "jpg jpeg jpe jfif mpo png webp gif bmp dib tif tiff ppm pgm pnm avif".split()  # noqa: SIM905
+)
 
 _ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
 _TRANSPOSE = {
@@ -129,7 +132,7 @@ def preprocess(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DEFAULT
         return _decode(data, spec, limits)
     except UnreadablePictureError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UnreadablePictureError(
             "IMAGE_UNDECODABLE",
             f"the bytes are not a picture in a supported format ({', '.join(_formats())})",

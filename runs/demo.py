@@ -62,7 +62,8 @@ def main() -> int:
     _step("3  index: embed the pictures, build a collection")
     for name in ("untrained", "run"):
         bundle, collection = place / f"bundle-{name}", place / f"collections-{name}" / "pictures"
-        _likewise("index", "build", "--bundle", str(bundle), "--images", str(pictures), "--out", str(collection), quiet=name == "untrained")  # fmt: skip
+        build = ["index", "build", "--bundle", str(bundle), "--images", str(pictures), "--out", str(collection)]
+        _likewise(*build, quiet=name == "untrained")
     _step("4  serve and query, over gRPC")
     recall = {}
     for name in ("untrained", "run"):
@@ -229,9 +230,7 @@ _COMMAND = [sys.executable, "-m", "likewise"]
 
 
 def _likewise(*arguments: str, quiet: bool = False) -> None:
-    done = subprocess.run(
-        [*_COMMAND, *arguments], check=False, stderr=subprocess.PIPE if quiet else None, text=True
-    )
+    done = subprocess.run([*_COMMAND, *arguments], check=False, stderr=subprocess.PIPE if quiet else None, text=True)
     if done.returncode:
         if quiet:
             print(done.stderr, file=sys.stderr)

@@ -141,8 +141,10 @@ class Client:
             collection=collection, top_k=top_k, space_id=space_id,
             image=None if image is None else pb.Image(content=image),
             vector=None if vector is None else pb.Vector(values=np.asarray(vector, np.float32).tolist()),
-            key=key, min_score=min_score,
+            min_score=min_score,
         )  # fmt: skip
+        if key is not None:
+            request.key = key
         return [
             Neighbor(n.key, n.score, json_format.MessageToDict(n.payload), n.source_uri)
             for n in self._call(self._search.Search, request).neighbors
@@ -193,7 +195,8 @@ class Client:
     def _call(self, method: Any, request: Any) -> Any:
         try:
             return method(request, timeout=self._timeout)
-        except grpc.RpcError as e:
+        except grpc.RpcError as error:
+            e: Any = error  # a call object, which the type does not say
             code = e.code()
             for name, value in e.trailing_metadata() or ():
                 if name == "grpc-status-details-bin":

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.code_pb2 import Code
 from google.rpc.status_pb2 import Status
@@ -153,7 +154,7 @@ def unreadable(error: UnreadablePictureError, field: str) -> InvalidArgumentErro
     return InvalidArgumentError(str(error), error.reason, field)
 
 
-def _pack(message: details.ErrorInfo | details.BadRequest | details.RetryInfo | details.ResourceInfo | details.PreconditionFailure) -> AnyMessage:  # fmt: skip
+def _pack(message: Message) -> AnyMessage:
     packed = AnyMessage()
     packed.Pack(message)
     return packed

@@ -8,11 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
+import faiss as _faiss
 import numpy as np
 import numpy.typing as npt
 
 from export.bundle import Embeddings, RefusalError
+
+# The package's stubs give the C++ signatures, not those of its Python layer.
+faiss: Any = _faiss
 
 Rows = npt.NDArray[np.int64]
 Bitmap = npt.NDArray[np.uint8]

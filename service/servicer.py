@@ -64,7 +64,9 @@ class Engine:
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="write")
         self._flushes: set[asyncio.Task[None]] = set()
 
-    async def embed(self, contents: list[bytes], fields: list[str], context: Context, clock: Clock) -> list[Embeddings | ServiceError]:  # fmt: skip
+    async def embed(
+        self, contents: list[bytes], fields: list[str], context: Context, clock: Clock
+    ) -> list[Embeddings | ServiceError]:
         """Vectors of encoded pictures, or why there is none. Raises `QueueFullError` for all of them."""
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
@@ -95,7 +97,15 @@ class Engine:
         clock.queue, clock.infer = max(clock.queue, done.queue_seconds), max(clock.infer, done.infer_seconds)
         return done.vector
 
-    async def search(self, collection: Collection, query: Embeddings, k: int, min_score: float | None, leave_out: str | None, clock: Clock) -> list[Hit]:  # fmt: skip
+    async def search(
+        self,
+        collection: Collection,
+        query: Embeddings,
+        k: int,
+        min_score: float | None,
+        leave_out: str | None,
+        clock: Clock,
+    ) -> list[Hit]:
         """Neighbours of one vector."""
         start = time.monotonic()
         (hits,) = await asyncio.get_running_loop().run_in_executor(
@@ -259,7 +269,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         ]
         if good:
             rows = [NewRow(item.key, _json(item.payload), item.source_uri) for item in (request.items[i] for i in good)]
-            vectors = np.stack([outcomes[i] for i in good])  # type: ignore[misc]
+            vectors = np.stack([o for o in outcomes if not isinstance(o, ServiceError)])
             sequences = await engine.write(collection.upsert, rows, vectors)
             for i, sequence in zip(good, sequences, strict=True):
                 results[i].sequence = sequence
@@ -285,7 +295,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         return pb.GetItemResponse(item=item, space_id=collection.space_id)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns `ServiceError` into google.rpc.Status, anything else into INTERNAL without its secrets, and counts both."""
 
     def __init__(self, metrics: Metrics) -> None:
@@ -347,7 +357,8 @@ def _given_vector(item: pb.NewItem, i: int, dim: int) -> Embeddings | ServiceErr
         if kind is None:
             raise InvalidArgumentError("the item has no source: set image or vector", field=f"items[{i}].source")
         if kind == "vector":
-            return unit_rows(np.array(item.vector.values, np.float32), dim, f"items[{i}].vector")[0]
+            row: Embeddings = unit_rows(np.array(item.vector.values, np.float32), dim, f"items[{i}].vector")[0]
+            return row
     except ServiceError as e:
         return e
     return np.zeros(0, np.float32)

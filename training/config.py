@@ -1,4 +1,4 @@
-"""What a run is asked for (`Train`), and what that resolves to (`Recipe`): every number concrete, every choice with its reason."""
+"""What a run is asked for (`Train`), and what that resolves to (`Recipe`), each automatic choice with its reason."""
 
 from __future__ import annotations
 

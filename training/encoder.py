@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -127,7 +127,7 @@ def load_initial(path: Path, vit: VisionTransformer) -> None:
     if not path.is_file():
         raise RefusalError(f"--init {path} is not a file: give a timm state dict (.safetensors, .pth) or a run folder")
     try:
-        state: dict[str, Tensor] = (
+        state: dict[str, Any] = (
             load_file(path)
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
@@ -135,9 +135,8 @@ def load_initial(path: Path, vit: VisionTransformer) -> None:
     except Exception as e:  # torch and safetensors raise types of their own
         raise RefusalError(f"--init {path} cannot be read as weights ({type(e).__name__}: {e})") from e
     for wrapper in ("state_dict", "model", "teacher"):
-        inner = state.get(wrapper)
-        if isinstance(inner, dict):
-            state = inner
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
     state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith(("head", "fc_norm"))}
     own = vit.state_dict()

@@ -137,7 +137,7 @@ class Trainer:
         r = self.recipe
         generator = torch.Generator().manual_seed(derive(r.seed, "step", step))
         torch.manual_seed(derive(r.seed, "drop path", step))
-        at = dict(step=step, steps=r.steps)
+        at = {"step": step, "steps": r.steps}
         lr = warmup_cosine(**at, peak=r.lr, end=r.min_lr, warmup=r.lr_warmup)
         decay = cosine(**at, start=r.weight_decay[0], end=r.weight_decay[1])
         momentum = cosine(**at, start=r.momentum, end=1.0)

@@ -32,7 +32,7 @@ def draw_prototypes(
     keeps the similarity matrix at [P, block]. `generator` lives on the CPU so that all ranks draw alike.
     """
     size = len(bank)
-    if anchors + max(support, 1) > size and support > 0 or anchors > size:
+    if (anchors + max(support, 1) > size and support > 0) or anchors > size:
         raise ValueError(f"{anchors} anchors with {support} support embeddings exceed a memory of {size} rows")
     chosen = torch.randperm(size, generator=generator)[:anchors].to(bank.device)
     A = bank[chosen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -33,6 +34,11 @@ CPU = Hardware("cpu", "2 CPU threads", 2, False)
 
 def checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(run / CHECKPOINT, weights_only=True)
+
+
+def steps_done(run: Path) -> int:
+    """As run.json tells it, 0 where there is none yet."""
+    return read_run(run).steps_done if (run / "run.json").is_file() else 0
 
 
 def same(a: object, b: object) -> bool:
@@ -68,7 +74,7 @@ def test_a_stopped_run_continues_bit_identically(pictures: Path, tmp_path: Path,
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if (out / "run.json").is_file() and json.loads((out / "run.json").read_bytes())["steps_done"] >= 1:
+        if steps_done(out) >= 1:
             process.send_signal(signal.SIGTERM)
             break
         time.sleep(0.002)
@@ -81,24 +87,24 @@ def test_a_stopped_run_continues_bit_identically(pictures: Path, tmp_path: Path,
 
 
 def test_three_sigkills_lose_nothing(pictures: Path, tmp_path: Path) -> None:
-    flags = ["--steps", "12", "--checkpoint-minutes", "0.00001", *TINY]
+    flags = ["--steps", "30", "--checkpoint-minutes", "0.00001", *TINY]
     assert main(["train", str(pictures), "--out", str(tmp_path / "whole"), *flags]) == 0
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "likewise", "train", str(pictures), "--out", str(out), "--resume", *flags]
+    rng = random.Random(0)
     before = 0
-    for extra in (0.0, 0.05, 0.4):
+    for _ in range(3):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
-            if (out / CHECKPOINT).is_file():
-                time.sleep(extra)
+            if steps_done(out) >= before + 3:
+                time.sleep(rng.uniform(0, 0.1))
                 break
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.wait(30)
-        done = checkpoint(out)["step"]
-        assert done >= before
-        before = done
+        assert process.wait(30) == -signal.SIGKILL
+        assert before + 3 <= checkpoint(out)["step"] < 30  # killed midway, with whole checkpoints only
+        before = checkpoint(out)["step"]
     assert main([*command[3:]]) == 0
     assert same(checkpoint(tmp_path / "whole"), checkpoint(out))
 
@@ -262,8 +268,17 @@ def test_seeds_of_different_steps_differ() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_trains_on_a_gpu(pictures: Path, tmp_path: Path) -> None:
-    flags = ["--encoder", "vit_nano", "--image-size", "32", "--patch-size", "8", "--device", "cuda", "--mim-weight", "1"]
+    flags = [
+        "--encoder",
+        "vit_nano",
+        "--image-size",
+        "32",
+        "--patch-size",
+        "8",
+        "--device",
+        "cuda",
+        "--mim-weight",
+        "1",
+    ]
     assert main(["train", str(pictures), "--out", str(tmp_path / "r"), "--steps", "5", *flags]) == 0
     assert "bfloat16" in read_run(tmp_path / "r").reasons["precision"]
-
-

@@ -1,0 +1,322 @@
+"""The store against a shadow model, against kills, and against damage."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from export.bundle import RefusalError
+from service.collection import Collection
+from service.errors import InvalidArgumentError, NotFoundError
+from service.index import build_index, search_index
+from service.records import NewRow
+
+DIM = 8
+
+
+def unit(count: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def rows(*keys: str) -> list[NewRow]:
+    return [NewRow(key, f'{{"k": "{key}"}}', f"file:///{key}") for key in keys]
+
+
+@pytest.fixture
+def collection(tmp_path: Path):
+    c = Collection.create(tmp_path / "things", "lw1-x", DIM)
+    yield c
+    c.close()
+
+
+class Shadow(RuleBasedStateMachine):
+    """Random writes, flushes and reopenings; after each, the collection agrees with a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import tempfile
+
+        self.folder = Path(tempfile.mkdtemp()) / "shadow"
+        self.collection = Collection.create(self.folder, "lw1-x", DIM)
+        self.truth: dict[str, np.ndarray] = {}
+        self.number = 0
+
+    def fresh_vectors(self, count: int) -> np.ndarray:
+        self.number += 1
+        return unit(count, self.number)
+
+    keys = st.lists(st.sampled_from([f"k{i}" for i in range(12)]), min_size=1, max_size=6)
+
+    @rule(keys=keys)
+    def upsert(self, keys: list[str]) -> None:
+        vectors = self.fresh_vectors(len(keys))
+        self.collection.upsert(rows(*keys), vectors)
+        self.truth.update(zip(keys, vectors, strict=True))
+
+    @rule(keys=keys)
+    def delete(self, keys: list[str]) -> None:
+        missing = self.collection.delete(keys)
+        assert set(missing) == set(keys) - self.truth.keys()
+        for key in keys:
+            self.truth.pop(key, None)
+
+    @rule(keys=keys)
+    def add_segment(self, keys: list[str]) -> None:
+        keys = sorted(set(keys))
+        vectors = self.fresh_vectors(len(keys))
+        self.collection.add_segment(rows(*keys), vectors, "fp32", "test")
+        self.truth.update(zip(keys, vectors, strict=True))
+
+    @rule()
+    def flush(self) -> None:
+        self.collection.flush()
+
+    @rule()
+    def reopen(self) -> None:
+        self.collection.close()
+        self.collection = Collection(self.folder, "lw1-x")
+
+    @invariant()
+    def agrees(self) -> None:
+        assert len(self.collection) == len(self.truth)
+        query = unit(1, 999)
+        (hits,) = self.collection.search(query, 20)
+        expected = sorted(((float(v @ query[0]), k) for k, v in self.truth.items()), key=lambda p: -p[0])
+        assert [h.row.key for h in hits] == [k for _, k in expected]
+        assert np.allclose([h.score for h in hits], [s for s, _ in expected], atol=1e-5)
+
+    @precondition(lambda self: self.truth)
+    @rule(pick=st.integers(0, 100))
+    def get(self, pick: int) -> None:
+        key = sorted(self.truth)[pick % len(self.truth)]
+        item = self.collection.get(key)
+        assert np.array_equal(item.vector, self.truth[key]) and item.row.source_uri == f"file:///{key}"
+
+    def teardown(self) -> None:
+        self.collection.close()
+        shutil.rmtree(self.folder.parent)
+
+
+TestShadow = Shadow.TestCase
+TestShadow.settings = settings(
+    max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def test_search_sorts_filters_and_leaves_out(collection: Collection) -> None:
+    assert collection.search(unit(1), 5) == [[]]  # an empty collection answers with nothing
+    vectors = unit(30)
+    collection.add_segment(rows(*(f"s{i:02d}" for i in range(20))), vectors[:20], "fp32", "test")
+    collection.upsert(rows(*(f"f{i:02d}" for i in range(10))), vectors[20:])
+    two = collection.search(unit(2, 5), 7)
+    assert [len(hits) for hits in two] == [7, 7]
+    for hits, query in zip(two, unit(2, 5), strict=True):
+        scores = [h.score for h in hits]
+        assert scores == sorted(scores, reverse=True)
+        assert np.allclose(scores, np.sort(vectors @ query)[::-1][:7], atol=1e-5)
+    (hits,) = collection.search(vectors[3:4], 3, leave_out="s03")
+    assert len(hits) == 3 and "s03" not in {h.row.key for h in hits}
+    (hits,) = collection.search(vectors[3:4], 30, min_score=0.5)
+    assert all(h.score >= 0.5 for h in hits) and hits[0].row.key == "s03" and hits[0].score <= 1.0
+
+
+def test_a_bad_batch_writes_nothing(collection: Collection) -> None:
+    before = collection.sequence
+    bad = [
+        (rows("a", "b" * 513), unit(2)),
+        (rows("a", ""), unit(2)),
+        (rows("a"), unit(1, dim=5)),
+        (rows("a"), np.full((1, DIM), np.nan, np.float32)),
+        (rows("a"), np.zeros((1, DIM), np.float32)),
+    ]
+    for new, vectors in bad:
+        with pytest.raises(InvalidArgumentError):
+            collection.upsert(new, vectors)
+    assert len(collection) == 0 and collection.sequence == before
+    with pytest.raises(NotFoundError, match="no item with the key 'a'"):
+        collection.get("a")
+
+
+def test_keys_are_any_utf8(collection: Collection) -> None:
+    keys = ["a b/ü.jpg", "日本語", "'; DROP TABLE items; --", "\x00\n", "🙂" * 128]
+    collection.upsert(rows(*keys), unit(len(keys)))
+    collection.flush()
+    for key, vector in zip(keys, unit(len(keys)), strict=True):
+        assert np.array_equal(collection.get(key).vector, vector)
+        assert collection.search(vector[None], 1)[0][0].row.key == key
+
+
+def test_one_process_writes(collection: Collection) -> None:
+    with pytest.raises(RefusalError, match=r"is open for writing by process \d+ on "):
+        Collection(collection.folder)
+
+
+def test_another_bundle_is_refused(collection: Collection) -> None:
+    collection.close()
+    with pytest.raises(RefusalError, match=r"lw1-x, the bundle makes lw1-y .MODEL_INDEX_MISMATCH"):
+        Collection(collection.folder, "lw1-y")
+    Collection(collection.folder, "lw1-x").close()
+
+
+_WRITER = """
+import sys, numpy as np
+from pathlib import Path
+from service.collection import Collection
+from service.records import NewRow
+c = Collection(Path(sys.argv[1]))
+start = len(c)
+for i in range(start, start + 100000):
+    v = np.random.default_rng(i).normal(size=(1, 8)).astype(np.float32)
+    c.upsert([NewRow(f"k{i:06d}")], v)
+    print(i, flush=True)
+    if i % 40 == 39:
+        c.flush()
+"""
+
+
+def test_acknowledged_writes_survive_sigkill(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    Collection.create(folder, "lw1-x", DIM).close()
+    for kill_after in (7, 41, 95):
+        process = subprocess.Popen([sys.executable, "-c", _WRITER, str(folder)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        acknowledged = [int(process.stdout.readline()) for _ in range(kill_after)]
+        process.send_signal(signal.SIGKILL)
+        acknowledged += [int(line) for line in process.stdout.read().split()]
+        process.wait()
+        process.stdout.close()
+        with_all = Collection(folder)
+        try:
+            # At most the one write that was under way is beyond what was acknowledged.
+            assert acknowledged[-1] + 1 <= len(with_all) <= acknowledged[-1] + 2
+            for i in (0, acknowledged[0], acknowledged[-1]):
+                v = np.random.default_rng(i).normal(size=(1, 8)).astype(np.float32)
+                assert with_all.search(v, 1)[0][0].row.key == f"k{i:06d}"
+            known = {f"{n:04d}" for n in with_all._records.segments()}
+            assert {p.name for p in (folder / "segments").glob("*")} <= known | {"segments"}
+        finally:
+            with_all.close()
+
+
+def test_a_segment_that_was_never_committed_is_removed(collection: Collection) -> None:
+    collection.add_segment(rows("a", "b"), unit(2), "fp32", "test")
+    shutil.copytree(collection.folder / "segments" / "0001", collection.folder / "segments" / "0002")
+    collection.close()
+    again = Collection(collection.folder)
+    assert len(again) == 2 and [p.name for p in (collection.folder / "segments").iterdir()] == ["0001"]
+    again.close()
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "rows.arrow", "index.faiss", "segment.json"])
+def test_damage_is_found_on_opening(collection: Collection, name: str) -> None:
+    collection.add_segment(rows("a", "b"), unit(2), "fp32", "test")
+    collection.close()
+    file = collection.folder / "segments" / "0001" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(RefusalError, match=r"damaged|checksum|cannot be read"):
+        Collection(collection.folder)
+    file.unlink()
+    with pytest.raises(RefusalError, match="restore the folder from a backup"):
+        Collection(collection.folder)
+
+
+def test_damaged_records_are_found_on_opening(collection: Collection) -> None:
+    collection.upsert(rows(*(f"k{i}" for i in range(500))), unit(500))
+    collection.close()
+    for file in collection.folder.glob("records.sqlite-*"):
+        file.unlink()
+    path = collection.folder / "records.sqlite"
+    data = bytearray(path.read_bytes())
+    data[4096 : 4096 + 2000] = b"\xff" * 2000
+    path.write_bytes(data)
+    with pytest.raises(RefusalError, match=r"records\.sqlite is damaged"):
+        Collection(collection.folder)
+
+
+def test_commits_are_durable(collection: Collection) -> None:
+    db = collection._records._db
+    assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    assert db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+
+
+def test_readers_run_while_one_writes(collection: Collection) -> None:
+    collection.upsert(rows("anchor"), unit(1, 77))
+    problems: list[str] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            (hits,) = collection.search(unit(1, 77), 3)
+            if not hits or hits[0].row.key != "anchor":
+                problems.append(str(hits))
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for i in range(60):
+        collection.upsert(rows(f"k{i % 10}"), unit(1, i))
+        if i % 7 == 0:
+            collection.delete([f"k{i % 10}"])
+        if i % 20 == 0:
+            collection.flush()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+
+
+def test_writes_during_a_flush_are_kept(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+    import service.collection as module
+
+    collection.upsert(rows("a", "b", "c"), unit(3))
+    real = module.write_segment
+
+    def slow(*arguments: object) -> None:
+        collection.delete(["a"])  # while the segment is being written
+        collection.upsert(rows("b", "d"), unit(2, 9))
+        real(*arguments)
+
+    monkeypatch.setattr(module, "write_segment", slow)
+    collection.flush()
+    monkeypatch.undo()
+    for _ in range(2):
+        (hits,) = collection.search(unit(1, 1), 10)
+        assert sorted(h.row.key for h in hits) == ["b", "c", "d"] and len(collection) == 3
+        assert np.array_equal(collection.get("b").vector, unit(2, 9)[0])
+        collection.close()
+        collection = Collection(collection.folder)
+    collection.close()
+
+
+@pytest.mark.parametrize("exact_up_to", [10_000, 100])
+def test_dead_rows_never_come_back_from_any_index(exact_up_to: int) -> None:
+    vectors = unit(2000, 3, 16)
+    index, info = build_index(vectors, exact_up_to)
+    assert info.factory == ("Flat" if exact_up_to > 2000 else "IVF178,Flat") and info.recall_at_10 >= 0.95
+    dead = np.arange(0, 2000, 2)
+    flags = np.ones(2000, np.uint8)
+    flags[dead] = 0
+    live = np.packbits(flags, bitorder="little")
+    _, found = search_index(index, vectors[dead], 10, info.nprobe, live)
+    assert (found % 2 == 1).all()
+    _, everything = search_index(index, vectors, 1, info.nprobe, None)
+    assert (everything[:, 0] == np.arange(2000)).mean() > 0.95
+
+
+def test_an_older_sqlite_is_not_silently_accepted(collection: Collection) -> None:
+    # STRICT tables need SQLite 3.37; RETURNING needs 3.35.
+    assert sqlite3.sqlite_version_info >= (3, 37)
