@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import shutil
 import signal
 import socket
@@ -230,14 +232,24 @@ def test_errors_carry_their_details(running: Running) -> None:
         assert bad.field_violations[0].field == "images[0].content"
 
 
-def test_a_reflection_client_lists_our_services(running: Running) -> None:
-    buf = Path(sys.executable).parent / "buf"
-    command = [str(buf), "curl", "--http2-prior-knowledge", "--list-services", f"http://{running.address}"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
-    assert set(SERVICES) | {"grpc.health.v1.Health"} <= set(listed)
+def test_reflection_clients_list_our_services_and_search(running: Running, pictures: Path) -> None:
+    from grpc_requests import Client as ReflectionClient
+
+    picture = (pictures / "ring/00005.png").read_bytes()
+    reflected = ReflectionClient.get_by_endpoint(running.address)
+    assert set(SERVICES) | {"grpc.health.v1.Health"} <= set(reflected.service_names)
+    request = {"collection": "shapes", "image": {"content": base64.b64encode(picture).decode()}, "top_k": 3}
+    reply = reflected.request("likewise.v1.SearchService", "Search", request)
+    assert [n["key"] for n in reply["neighbors"]][:1] == ["ring/00005.png"] and len(reply["neighbors"]) == 3
+    # A second one, in Go: buf.
+    buf = [str(Path(sys.executable).parent / "buf"), "curl", "--http2-prior-knowledge", "--protocol", "grpc"]
+    address = f"http://{running.address}/likewise.v1.SearchService/Search"
+    body = json.dumps({"collection": "shapes", "key": "ring/00005.png", "topK": 2})
+    done = subprocess.run([*buf, "-d", body, address], capture_output=True, text=True, check=True, timeout=30)
+    assert len(json.loads(done.stdout)["neighbors"]) == 2
 
 
-def test_a_client_that_we_did_not_write(running: Running, pictures: Path) -> None:
+def test_stubs_made_from_reflection_alone_work(running: Running, pictures: Path) -> None:
     from yagrc import reflector as yagrc_reflector
 
     reflector = yagrc_reflector.GrpcReflectionClient()
