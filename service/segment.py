@@ -86,8 +86,9 @@ class Segment:
         self.folder = folder
         self.vectors: Embeddings = np.load(folder / "vectors.npy", mmap_mode="r")
         with pa.memory_map(str(folder / "rows.arrow")) as source:
-            self._table = pa.ipc.open_file(source).read_all()
-        self.ids: Rows = self._table["id"].to_numpy()
+            table = pa.ipc.open_file(source).read_all()
+        self._columns = [table[name].combine_chunks() for name in _SCHEMA.names]
+        self.ids: Rows = self._columns[0].to_numpy()
         self._index = read_index(folder / "index.faiss", self.manifest.rows, self.manifest.dim)
 
     def __len__(self) -> int:
@@ -99,11 +100,11 @@ class Segment:
 
     def row(self, position: int) -> StoredRow:
         """The row at a position."""
-        return StoredRow(*(self._table[name][position].as_py() for name in _SCHEMA.names))
+        return StoredRow(*(column[position].as_py() for column in self._columns))
 
     def key(self, position: int) -> str:
         """Its key alone."""
-        key: str = self._table["key"][position].as_py()
+        key: str = self._columns[1][position].as_py()
         return key
 
     def position(self, row_id: int) -> int:

@@ -36,7 +36,9 @@ def test_its_steps_make_a_server_without_torch(bundle: Path, tmp_path: Path) -> 
     step = re.search(r"^RUN (python -m venv .*?)(?:\n\n|\nFROM)", DOCKERFILE, re.M | re.S)
     assert step is not None
     prefix = tmp_path / "likewise"
-    script = step[1].replace("\\\n", " ").replace("/opt/likewise", str(prefix)).replace("python -m", f"{sys.executable} -m")
+    script = (
+        step[1].replace("\\\n", " ").replace("/opt/likewise", str(prefix)).replace("python -m", f"{sys.executable} -m")
+    )
     source = tmp_path / "src"
     source.mkdir()
     for name in re.findall(r"^COPY (?!--from)(.+) \./", DOCKERFILE, re.M):

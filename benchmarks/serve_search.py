@@ -1,0 +1,220 @@
+"""The gRPC server against its ceilings, in one run: embedding against raw decoding and ONNX Runtime, search by vector
+against an echo RPC with messages of the same size and against raw FAISS.
+
+    python -m benchmarks.serve_search --out FOLDER [--rows 100000] [--device cpu] [--quick]
+
+Server and client are two processes on the same cores; 32 calls in flight; ceilings and server alternate, medians of five.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+from PIL import Image
+
+from benchmarks.record import cpu_name, finish
+from export.bundle import Bundle
+from likewise import main as likewise
+from service.collection import Collection
+from service.encoder import Encoder
+from service.index import build_index, search_index
+from service.pb import likewise_pb2 as pb
+from service.pb import likewise_pb2_grpc as pb_grpc
+from service.records import NewRow
+from tests.shapes import write_shapes
+
+IN_FLIGHT = 32
+ROUNDS = 5
+_ECHO = """
+import asyncio, sys, grpc
+async def main():
+    reply = bytes(int(sys.argv[1]))
+    async def echo(request, context):
+        return reply
+    server = grpc.aio.server()
+    method = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("x.Echo", method),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(port, flush=True)
+    await server.wait_for_termination()
+asyncio.run(main())
+"""
+
+
+def photographs(count: int) -> list[bytes]:
+    """JPEGs of 640×480 with structure at every scale."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        layers = []
+        for h, w in ((6, 8), (30, 40), (120, 160)):
+            small = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+            layers.append(np.asarray(small.resize((640, 480), Image.Resampling.BICUBIC)))
+        buffer = io.BytesIO()
+        Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(buffer, "JPEG", quality=88)
+        found.append(buffer.getvalue())
+    return found
+
+
+async def rate(call: Callable[[int], Awaitable[object]], count: int) -> float:
+    """Calls per second with 32 in flight (closed loop)."""
+    numbers = iter(range(count))
+
+    async def worker() -> None:
+        for i in numbers:
+            await call(i)
+
+    start = time.perf_counter()
+    await asyncio.gather(*(worker() for _ in range(IN_FLIGHT)))
+    return count / (time.perf_counter() - start)
+
+
+def raw_embedding(encoder: Encoder, pictures: list[bytes], count: int) -> float:
+    """Pictures per second of decoding threads and the runtime alone, in batches of 32."""
+    start = time.perf_counter()
+    todo = [pictures[i % len(pictures)] for i in range(count)]
+    with ThreadPoolExecutor(encoder.runtime.threads) as pool:
+        decoded = pool.map(encoder.decode, todo)
+        batch = []
+        for item in decoded:
+            batch.append(item.pixels)
+            if len(batch) == 32:
+                encoder.embed(np.stack(batch))
+                batch = []
+        if batch:
+            encoder.embed(np.stack(batch))
+    return count / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    rows, images, queries, rounds = (2000, 64, 200, 1) if args.quick else (args.rows, 512, 2000, ROUNDS)
+
+    bundle_folder, collections = args.out / "bundle", args.out / f"collections-{rows}"
+    if not bundle_folder.is_dir():
+        shapes = write_shapes(args.out / "shapes", 64)
+        run = [
+            "train",
+            str(shapes),
+            "--out",
+            str(args.out / "run"),
+            "--steps",
+            "0",
+            "--encoder",
+            "vit_micro",
+            "--resume",
+        ]
+        assert likewise(run) == 0 and likewise(["export", str(args.out / "run"), "--out", str(bundle_folder)]) == 0
+    bundle = Bundle.open(bundle_folder)
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(256, bundle.dim))
+    vectors = (centres[rng.integers(0, 256, rows)] + 0.5 * rng.normal(size=(rows, bundle.dim))).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not (collections / "c").is_dir():
+        collection = Collection.create(collections / "c", bundle.space_id, bundle.dim)
+        collection.add_segment([NewRow(f"item/{i:07d}.jpg") for i in range(rows)], vectors, "fp32", "synthetic")
+        collection.close()
+
+    serve = ["serve", "--bundle", str(bundle_folder), "--collections", str(collections), "--port", "0"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "likewise", *serve, "--metrics-port", "0", "--device", args.device],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stderr is not None
+    address = server.stderr.readline().split(" on ")[1].split()[0]
+    try:
+        figures = asyncio.run(measure(address, bundle, vectors, args.device, images, queries, rounds))
+    finally:
+        server.terminate()
+        server.wait()
+    print(f"\n{cpu_name()}, {rows:,} × {bundle.dim} vectors, 32 in flight, medians of {rounds}")
+    for name, value in figures.items():
+        print(f"  {name:<44}{value:>10.1f}")
+    print()
+    goals = [
+        (
+            "embed_share_of_ceiling",
+            figures["embed over gRPC, images/s"] / figures["decode + ONNX Runtime, images/s"],
+            0.90,
+        ),
+        (
+            "search_share_of_ceiling",
+            figures["search over gRPC, queries/s"]
+            / min(figures["echo RPC, calls/s"], figures["raw FAISS, single queries/s"]),
+            0.70,
+        ),
+    ]
+    finish("serve_search", figures, goals, 0, args.quick)
+
+
+async def measure(
+    address: str, bundle: Bundle, vectors: np.ndarray, device: str, images: int, queries: int, rounds: int
+) -> dict[str, float]:
+    pictures = photographs(16)
+    encoder = Encoder(bundle, device)  # type: ignore[arg-type]
+    index, info = build_index(vectors)
+    asked = [v.tolist() for v in vectors[:: max(1, len(vectors) // 500)]]
+    async with grpc.aio.insecure_channel(address) as channel:
+        embed, search = pb_grpc.EncoderServiceStub(channel).Embed, pb_grpc.SearchServiceStub(channel).Search
+
+        def ask(i: int) -> Awaitable[pb.SearchResponse]:
+            return search(pb.SearchRequest(collection="c", vector=pb.Vector(values=asked[i % len(asked)])))
+
+        def picture(i: int) -> Awaitable[pb.EmbedResponse]:
+            return embed(pb.EmbedRequest(images=[pb.Image(content=pictures[i % len(pictures)])]))
+
+        request = pb.SearchRequest(collection="c", vector=pb.Vector(values=asked[0])).SerializeToString()
+        size = len((await ask(0)).SerializeToString())
+        echo = subprocess.Popen([sys.executable, "-c", _ECHO, str(size)], stdout=subprocess.PIPE, text=True)
+        assert echo.stdout is not None
+        port = int(echo.stdout.readline())
+        found: dict[str, list[float]] = {}
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as echo_channel:
+                call = echo_channel.unary_unary("/x.Echo/Echo")
+                for _ in range(rounds):
+                    for name, value in (
+                        ("decode + ONNX Runtime, images/s", raw_embedding(encoder, pictures, images)),
+                        ("embed over gRPC, images/s", await rate(picture, images)),
+                        ("echo RPC, calls/s", await rate(lambda i: call(request), queries)),
+                        ("raw FAISS, single queries/s", raw_faiss(index, info.nprobe, asked, queries)),
+                        ("search over gRPC, queries/s", await rate(ask, queries)),
+                    ):
+                        found.setdefault(name, []).append(value)
+        finally:
+            echo.terminate()
+            echo.wait()
+    encoder.close()
+    return {name: statistics.median(values) for name, values in found.items()} | {
+        "recall@10 of the index, in %": 100 * info.recall_at_10
+    }
+
+
+def raw_faiss(index: object, nprobe: int, asked: list[list[float]], count: int) -> float:
+    """Single queries per second of the index itself, from as many threads as the server uses."""
+    queries = np.array(asked, np.float32)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda i: search_index(index, queries[i % len(queries)][None], 10, nprobe, None), range(count)))
+    return count / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
