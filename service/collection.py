@@ -18,7 +18,8 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,6 +117,7 @@ class Collection:
         try:
             self._records = Records(folder / "records.sqlite")
             self._write_lock = threading.Lock()
+            self._closed = False
             self._flush_lock = threading.Lock()
             self._remove_orphans()
             self._view = self._load()
@@ -155,7 +157,7 @@ class Collection:
     @property
     def sequence(self) -> int:
         """Sequence number of the last write."""
-        with self._write_lock:
+        with self._open():
             return self._records.counter("sequence")
 
     @property
@@ -200,7 +202,7 @@ class Collection:
 
     def get(self, key: str) -> StoredItem:
         """A live item. Raises `NotFoundError`."""
-        with self._write_lock:
+        with self._open():
             record, view = self._records.live(key), self._view
         if record is None:
             raise NotFoundError(f"the collection {self.name!r} has no item with the key {key!r}", "item", key)
@@ -211,7 +213,7 @@ class Collection:
 
     def files(self) -> dict[str, tuple[int | None, int | None]]:
         """Size and time of change of the file behind each key."""
-        with self._write_lock:
+        with self._open():
             return self._records.files()
 
     # --- writing ------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ class Collection:
         if not rows:
             return []
         vectors = unit_rows(vectors, self.dim, "items.vector")
-        with self._write_lock:
+        with self._open():
             with self._records.transaction():
                 first_id = self._records.take("id", len(rows))
                 first = self._records.take("sequence", len(rows))
@@ -248,7 +250,7 @@ class Collection:
     def delete(self, keys: Sequence[str]) -> list[str]:
         """Delete items; returns the keys that did not exist. Durable and visible on return."""
         missing, dead = [], {}
-        with self._write_lock:
+        with self._open():
             with self._records.transaction():
                 for key in dict.fromkeys(keys):
                     record = self._records.live(key)
@@ -265,7 +267,7 @@ class Collection:
         for row in rows:
             check_key(row.key, "key")
         vectors = unit_rows(vectors, self.dim, "vector")
-        with self._flush_lock, self._write_lock:
+        with self._flush_lock, self._open():
             with self._records.transaction():  # numbers first: they are in the segment's file
                 number = self._records.take("segment")
                 first_id = self._records.take("id", len(rows))
@@ -285,7 +287,7 @@ class Collection:
     def flush(self) -> None:
         """Move the fresh rows into a segment. Searches and writes go on meanwhile."""
         with self._flush_lock:
-            with self._write_lock:
+            with self._open():
                 view = self._view
                 if not view.fresh_rows:
                     return
@@ -293,16 +295,25 @@ class Collection:
                     number = self._records.take("segment")
             folder = self._segment_folder(number)
             write_segment(folder, view.fresh_rows, view.fresh_vectors, "fp32", "mixed")
-            with self._write_lock:
+            with self._open():
                 with self._records.transaction():
                     self._records.adopt(number, [row.id for row in view.fresh_rows])
                 self._view = self._load()
 
     def close(self) -> None:
-        """Release files and lock."""
+        """Release files and lock; waits for a write or flush that is under way. Later calls are refused."""
         with self._flush_lock, self._write_lock:
+            self._closed = True
             self._records.close()
             self._lock_file.close()
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """The write lock, on a collection that is still open. Raises `NotFoundError` on one deleted meanwhile."""
+        with self._write_lock:
+            if self._closed:
+                raise NotFoundError(f"the collection {self.name!r} is closed or was deleted", "collection", self.name)
+            yield
 
     # --- inside -------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from importlib import metadata
 
 import grpc
@@ -18,7 +19,6 @@ from export.runtime import canary_pixels
 from service.batching import Batcher
 from service.config import Serve
 from service.encoder import Encoder
-from service.errors import ServiceError
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
@@ -142,8 +142,9 @@ class Server:
                 vector = (await self.engine.batcher.embed(self._canary, None)).vector
                 for collection in self.engine.store.all():
                     await self.engine.write(collection.search, vector[None], 1)
-        except (TimeoutError, ServiceError) as e:
-            print(f"likewise: not ready, the canary failed: {e or 'it took too long'}", flush=True)
+        except Exception as e:  # whatever it is, the answer is "not ready", and the next check comes
+            said = "it took too long" if isinstance(e, TimeoutError) else f"{type(e).__name__}: {e}"
+            print(f"likewise: not ready, the canary failed: {said}", file=sys.stderr, flush=True)
             return False
         return float(vector @ self._expected) >= self._floor
 

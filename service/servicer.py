@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -124,7 +126,13 @@ class Engine:
         if collection.fresh_count >= FRESH_LIMIT and not self._flushes:
             task = asyncio.create_task(self.write(collection.flush))
             self._flushes.add(task)
-            task.add_done_callback(self._flushes.discard)
+            task.add_done_callback(self._flushed)
+
+    def _flushed(self, task: asyncio.Task[None]) -> None:
+        self._flushes.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # The rows stay fresh, searchable and durable; the next write tries again.
+            _log(f"a flush failed: {type(task.exception()).__name__}: {task.exception()}")
 
     def close(self) -> None:
         """Wait for writes, then close the store and the threads."""
@@ -324,10 +332,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 await _abort(context, e)
             except Exception as e:
                 code = "INTERNAL"
-                print(f"likewise: {method} failed with {type(e).__name__}: {e}", flush=True)
-                import traceback
-
-                traceback.print_exc()
+                _log(f"{method} failed with {type(e).__name__}: {e}\n{traceback.format_exc()}")
                 await _abort(context, InternalError("the server failed on this request; its log has the traceback"))
             finally:
                 self._metrics.in_flight.dec()
@@ -337,6 +342,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(
             call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
         )
+
+
+def _log(text: str) -> None:
+    print(f"likewise: {text}", file=sys.stderr, flush=True)
 
 
 async def _abort(context: Context, error: ServiceError) -> None:

@@ -320,3 +320,19 @@ def test_dead_rows_never_come_back_from_any_index(exact_up_to: int) -> None:
 def test_an_older_sqlite_is_not_silently_accepted(collection: Collection) -> None:
     # STRICT tables need SQLite 3.37; RETURNING needs 3.35.
     assert sqlite3.sqlite_version_info >= (3, 37)
+
+
+def test_a_closed_collection_refuses_and_loses_nothing(collection: Collection) -> None:
+    collection.upsert(rows("a"), unit(1))
+    collection.close()
+    for call in (
+        lambda: collection.upsert(rows("b"), unit(1)),
+        lambda: collection.delete(["a"]),
+        lambda: collection.get("a"),
+        lambda: collection.flush(),
+    ):
+        with pytest.raises(NotFoundError, match="closed or was deleted"):
+            call()
+    again = Collection(collection.folder)
+    assert len(again) == 1
+    again.close()
