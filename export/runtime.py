@@ -55,6 +55,8 @@ class Runtime:
         self.bundle = bundle
         self.threads = threads or cpu_quota()
         providers, self.provider_reason = _choose_providers(device)
+        if len(providers) > 1 and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # without torch beside it, nothing else finds the CUDA libraries that pip installed
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1

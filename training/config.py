@@ -156,8 +156,8 @@ class Recipe(BaseModel):
     """d."""
     head_hidden: int
     """Width of the head's hidden layers."""
-    head_init: Literal["default", "trunc_normal"]
-    """PyTorch's own initialisation, or truncated normal 0.02."""
+    weight_init: Literal["default", "trunc_normal"]
+    """Of every linear layer, where no --init is given: PyTorch's own, or truncated normal 0.02."""
     student_temperature: float
     """τ_s."""
     teacher_temperature: tuple[float, float]
@@ -187,7 +187,7 @@ _PAPER: dict[str, Any] = {
     "global_scale": (0.25, 1.0), "local_scale": (0.05, 0.25), "local_crops": 10, "batch_size": 1024,
     "min_lr": 1e-6, "lr_warmup": 0.1, "weight_decay": (0.04, 0.4), "clip": 3.0,
     "memory": 65536, "patch_memory": 8192, "anchors": 4096, "patch_anchors": 512, "support": 8, "patch_support": 0,
-    "smoothing": 0.1, "head_dim": 256, "head_hidden": 2048, "head_init": "trunc_normal",
+    "smoothing": 0.1, "head_dim": 256, "head_hidden": 2048, "weight_init": "trunc_normal",
     "student_temperature": 0.1, "teacher_temperature": (0.04, 0.07), "temperature_warmup": 0.1, "momentum": 0.996,
     "koleo_weight": 0.0, "mim_weight": 1.0, "mask_probability": 0.5, "mask_ratio": (0.1, 0.5), "drop_path": 0.1,
 }  # fmt: skip
@@ -195,7 +195,7 @@ _SMALL: dict[str, Any] = {
     **_PAPER,
     "global_scale": (0.4, 1.0), "local_scale": (0.1, 0.4), "local_crops": 2, "batch_size": 64,
     "weight_decay": (0.04, 0.04), "support": 4, "smoothing": 0.0, "head_dim": 128, "head_hidden": 512,
-    "head_init": "default", "teacher_temperature": (0.04, 0.04), "temperature_warmup": 0.2, "momentum": 0.99,
+    "weight_init": "default", "teacher_temperature": (0.04, 0.04), "temperature_warmup": 0.2, "momentum": 0.99,
     "koleo_weight": 0.1, "mim_weight": 0.0, "drop_path": 0.0,
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ from training.cache import PictureCache, build_cache
 from training.checkpoint import NAME as CHECKPOINT
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Hardware, Recipe, Train, resolve
-from training.encoder import Student, Teacher, build_vit, load_initial
+from training.encoder import Student, Teacher, build_vit, load_initial, reset_linear_layers
 from training.head import Head
 from training.masks import block_masks
 from training.memory import RingMemory
@@ -114,9 +114,11 @@ class Trainer:
         r = self.recipe
         torch.manual_seed(r.seed)
         vit = build_vit(r.model, r.model_kwargs, r.image_size, r.drop_path)
+        if r.weight_init == "default":
+            reset_linear_layers(vit)
         if r.init:
             load_initial(Path(r.init), vit)
-        head = Head(vit.embed_dim, r.head_hidden, r.head_dim, r.head_init)
+        head = Head(vit.embed_dim, r.head_hidden, r.head_dim, r.weight_init)
         still = build_vit(r.model, r.model_kwargs, r.image_size)  # the teacher has no stochastic depth
         still.load_state_dict(vit.state_dict())
         self.student = Student(vit, head).to(self.device)

@@ -23,7 +23,7 @@ from tests.conftest import TINY
 from tests.shapes import write_shapes
 from training.checkpoint import NAME as CHECKPOINT
 from training.config import Hardware, Recipe, Train, resolve
-from training.encoder import Student, Teacher, build_vit
+from training.encoder import Student, Teacher, build_vit, reset_linear_layers
 from training.head import Head
 from training.loop import clip_each, derive
 from training.masks import block_masks
@@ -113,6 +113,7 @@ def test_zero_steps_write_the_untrained_network(pictures: Path, tmp_path: Path) 
     assert main(["train", str(pictures), "--out", str(tmp_path / "run"), "--steps", "0", *TINY]) == 0
     torch.manual_seed(0)
     vit = build_vit("vit_tiny_patch16_224", {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 8}, 32)
+    reset_linear_layers(vit)
     assert same(load_file(tmp_path / "run" / "encoder.safetensors"), vit.state_dict())
 
 
@@ -184,7 +185,7 @@ def recipe(pictures: int, hardware: Hardware = CPU, **asked: object) -> tuple[Re
 def test_the_preset_follows_pictures_and_hardware() -> None:
     small, why = recipe(4000)
     assert (small.support, small.head_dim, small.smoothing, small.koleo_weight, small.mim_weight) == (4, 128, 0, 0.1, 0)
-    assert small.memory <= 2000 and "half" in why["memory"] and small.head_init == "default"
+    assert small.memory <= 2000 and "half" in why["memory"] and small.weight_init == "default"
     large, _ = recipe(1_000_000, Hardware("cuda", "H200", 16, True))
     assert (large.memory, large.anchors, large.support, large.head_dim) == (65536, 4096, 8, 256)
     assert (large.smoothing, large.koleo_weight, large.mim_weight, large.batch_size) == (0.1, 0, 1, 1024)
