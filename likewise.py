@@ -8,11 +8,15 @@ Exit codes: 0 done, 1 refused with one sentence, 2 usage, 130 interrupted.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
 import warnings
 from typing import Any
+
+import yaml
+from pydantic import ValidationError
 
 VERSION = "0.1.0.dev0"
 
@@ -63,40 +67,33 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(words: tuple[str, ...], arguments: list[str]) -> int:
     module_name, class_name, extras, _ = COMMANDS[words]
-    try:
-        command = getattr(importlib.import_module(module_name), class_name)
-    except ModuleNotFoundError as e:
-        if (e.name or "").split(".")[0] in ("training", "export", "service"):
-            raise
-        print(
-            f"likewise {' '.join(words)} needs the package {e.name!r}: pip install 'likewise[{extras}]'",
-            file=sys.stderr,
-        )
-        return 1
-    from export.bundle import RefusalError
+    program = f"likewise {' '.join(words)}"
+    from export.bundle import RefusalError, printable
 
     try:
-        settings = _parse(command, f"likewise {' '.join(words)}", arguments)
+        command = getattr(importlib.import_module(module_name), class_name)
+        settings = _parse(command, program, arguments)
         if settings is None:
             return 2
         result: int | None = settings.cli_cmd()
+        return result or 0
     except RefusalError as e:
-        print(f"likewise: {e}", file=sys.stderr)
-        return 1
+        print(f"likewise: {printable(str(e))}", file=sys.stderr)
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] in ("training", "export", "service"):
             raise
-        print(
-            f"likewise {' '.join(words)} needs the package {e.name!r}: pip install 'likewise[{extras}]'",
-            file=sys.stderr,
-        )
-        return 1
-    return result or 0
+        print(f"{program} needs the package {e.name!r}: pip install 'likewise[{extras}]'", file=sys.stderr)
+    except OSError as e:
+        if e.errno is None:
+            raise
+        where = printable(os.fsdecode(e.filename)) if isinstance(e.filename, (str, bytes)) else "the disk"
+        said = e.strerror or type(e).__name__
+        print(f"likewise: {where}: {said}; check the path, its permissions and the free space", file=sys.stderr)
+    return 1
 
 
 def _parse(command: Any, program: str, arguments: list[str]) -> Any:
     """The settings model filled from flags over environment over YAML, or None after printing what is wrong."""
-    from pydantic import ValidationError
     from pydantic_settings import (
         BaseSettings,
         CliSettingsSource,
@@ -106,6 +103,10 @@ def _parse(command: Any, program: str, arguments: list[str]) -> Any:
         YamlConfigSettingsSource,
     )
 
+    unknown = _unknown_variable()
+    if unknown:
+        print(f"{program}: {unknown}", file=sys.stderr)
+        return None
     file = os.environ.get("LIKEWISE_CONFIG_FILE")
     if file and not os.path.isfile(file):  # noqa: PTH113
         print(f"{program}: LIKEWISE_CONFIG_FILE names {file}, which is not a file", file=sys.stderr)
@@ -145,12 +146,36 @@ def _parse(command: Any, program: str, arguments: list[str]) -> Any:
         return Settings()
     except SettingsError as e:
         print(f"{program}: {e}", file=sys.stderr)
-    except ValidationError as e:
-        for error in e.errors():
-            where = ".".join(str(part) for part in error["loc"]) or "settings"
-            given = f" (got {error['input']!r})" if error["type"] not in ("missing", "extra_forbidden") else ""
-            print(f"{program}: {where.replace('_', '-')}: {error['msg']}{given}", file=sys.stderr)
-        print(f"See {program} --help.", file=sys.stderr)
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as e:
+        if isinstance(e, ValidationError):
+            _explain(e, program)
+        elif file:
+            reason = " ".join(str(e).split())
+            print(f"{program}: {file} is not a YAML file of `name: value` lines ({reason})", file=sys.stderr)
+        else:
+            raise
+    return None
+
+
+def _explain(invalid: ValidationError, program: str) -> None:
+    for error in invalid.errors():
+        where = ".".join(str(part) for part in error["loc"]) or "settings"
+        given = f" (got {error['input']!r})" if error["type"] not in ("missing", "extra_forbidden") else ""
+        print(f"{program}: {where.replace('_', '-')}: {error['msg']}{given}", file=sys.stderr)
+    print(f"See {program} --help.", file=sys.stderr)
+
+
+def _unknown_variable() -> str | None:
+    """A sentence about a LIKEWISE_* variable that no command knows, as a typing error would be."""
+    known = {"LIKEWISE_CONFIG_FILE"}
+    for module_name, class_name, _, _ in COMMANDS.values():
+        fields = getattr(importlib.import_module(module_name), class_name).model_fields
+        known |= {f"LIKEWISE_{name.upper()}" for name in fields}
+    for name in sorted(os.environ):
+        if name.startswith("LIKEWISE_") and name.split("__")[0].upper() not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; closest: {close[0]}" if close else ""
+            return f"the environment variable {name} is no setting of any command{hint}: correct or unset it"
     return None
 
 

@@ -31,7 +31,6 @@ from training.loop import train
 from training.monitor import effective_rank, mean_cosine
 from training.views import Views
 
-
 SHAPES_RECIPE = {"encoder": "vit_nano", "patch_size": 4, "image_size": 32, "views": "orientation-free"}
 PICTURES_RECIPE = {"encoder": "vit_micro", "patch_size": 8, "image_size": 48, "views": "photographs"}
 
@@ -108,11 +107,10 @@ def main() -> None:
     print(f"  mean cosine {ranks['run'][0]:.3f} (untrained {ranks['untrained'][0]:.3f}), ", end="")
     print(f"effective rank {ranks['run'][1]:.1f} (untrained {ranks['untrained'][1]:.1f})")
     for line in health:
-        print(
-            f"  step {line['step']:>5}   H(vote) {line['vote_entropy']:.2f}   H(mean vote) {line['mean_vote_entropy']:.2f} of "
-            f"{math.log(recipe['anchors']):.2f}   mean cosine {line['mean_cosine']:.3f} (head {line['head_mean_cosine']:.3f})   "
-            f"effective rank {line['effective_rank']:.1f}   leave-one-out kNN {line.get('knn', math.nan):.1f} %"
-        )
+        print(f"  step {line['step']:>5}   H(vote) {line['vote_entropy']:.2f}   ", end="")
+        print(f"H(mean vote) {line['mean_vote_entropy']:.2f} of {math.log(recipe['anchors']):.2f}   ", end="")
+        print(f"mean cosine {line['mean_cosine']:.3f} (head {line['head_mean_cosine']:.3f})   ", end="")
+        print(f"effective rank {line['effective_rank']:.1f}   leave-one-out kNN {line.get('knn', math.nan):.1f} %")
     print(f"  alarms: {alarms or 'none'}\n")
     goals = [
         ("knn_above_untrained_points", table["run"] - table["untrained"], 3.0),

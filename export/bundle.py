@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,21 @@ class Contract(BaseModel):
     """Base of everything stored: immutable, no unknown keys, a sentence per field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Sealed(Contract):
+    """A contract that carries a digest of itself."""
+
+    seal: str = ""
+    """Digest of everything else in it."""
+
+    def digest(self) -> str:
+        """What `seal` must be."""
+        return sha256_json({**self.model_dump(mode="json"), "seal": ""})
+
+    def sealed(self) -> Self:
+        """A copy with the right seal."""
+        return self.model_copy(update={"seal": self.digest()})
 
 
 class EncoderSpec(Contract):
@@ -125,7 +140,7 @@ class FileRecord(Contract):
     """Its size."""
 
 
-class BundleManifest(Contract):
+class BundleManifest(Sealed):
     """manifest.json."""
 
     format_version: int = BUNDLE_FORMAT
@@ -150,12 +165,6 @@ class BundleManifest(Contract):
     """Pictures that the runtime must reproduce before it serves."""
     canary_min_cosine: dict[str, float]
     """Per variant: the lowest accepted cosine between expected and computed canary embeddings."""
-    manifest_sha256: str = ""
-    """Digest of this manifest with this field empty."""
-
-    def digest(self) -> str:
-        """What `manifest_sha256` must be."""
-        return sha256_json(self.model_copy(update={"manifest_sha256": ""}).model_dump(mode="json"))
 
 
 def make_space_id(encoder: EncoderSpec, weights_sha256: str, preprocess: PreprocessSpec) -> str:
@@ -185,8 +194,6 @@ class Bundle:
             )
         again = "the bundle changed after it was written; export it again"
         manifest = read_contract(path, BundleManifest, BUNDLE_FORMAT, again)
-        if manifest.digest() != manifest.manifest_sha256:
-            raise RefusalError(f"{path} does not match its own checksum: {again}")
         for name, record in manifest.files.items():
             file = folder / name
             if not file.is_file():
@@ -233,11 +240,14 @@ def read_contract(path: Path, model: type[Model], format_version: int, what_to_d
             "install the version that wrote it"
         )
     try:
-        return model.model_validate(fields)
+        found_model = model.model_validate(fields)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RefusalError(f"{path} is damaged at {where} ({first['msg']}): {what_to_do}") from None
+    if isinstance(found_model, Sealed) and found_model.seal != found_model.digest():
+        raise RefusalError(f"{path} does not match its own checksum: {what_to_do}")
+    return found_model
 
 
 def read_run(folder: Path) -> RunManifest:
@@ -269,6 +279,19 @@ def tensors_sha256(tensors: dict[str, npt.NDArray[Any]]) -> str:
         digest.update(f"{name}\0{value.dtype.str}\0{value.shape}\0".encode())
         digest.update(value.tobytes())
     return digest.hexdigest()
+
+
+def printable(text: str) -> str:
+    """Text for one line of a terminal or a list: control characters and undecodable bytes become U+FFFD."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents durably."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_folder(made.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -303,7 +326,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 def write_file(path: Path, data: bytes | str) -> None:
     """Write a file so that it holds, at every moment, either its old or its new contents."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         publish(temporary, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def export(asked: Export) -> Bundle:
     from export.parity import measure_parity, require_parity
     from export.runtime import Runtime
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     run = read_run(asked.run)
     if asked.out.exists():
         if not _is_same_bundle(asked.out, run):
@@ -80,7 +79,7 @@ def export(asked: Export) -> Bundle:
         console.print(f"exporting {run.encoder.model} at {run.encoder.image_size} px (opset {OPSET})")
         graph = load_encoder(run.encoder, weights)
         write_graph(graph, run.encoder.image_size, temporary / "model.onnx")
-        canary = _write_canary(temporary, graph, sample[:CANARIES], run.preprocess)
+        canary = _write_canary(temporary, graph, [data for _, data in sample], run.preprocess)
         names = ["model.onnx", *(picture.file for picture in canary)]
         manifest = BundleManifest(
             space_id=make_space_id(run.encoder, run.weights_sha256, run.preprocess),
@@ -95,7 +94,7 @@ def export(asked: Export) -> Bundle:
             canary=canary,
             canary_min_cosine=CANARY_MIN_COSINE,
         )  # fmt: skip
-        manifest = manifest.model_copy(update={"manifest_sha256": manifest.digest()})
+        manifest = manifest.sealed()
         write_file(temporary / "manifest.json", manifest.model_dump_json(indent=2))
         parity = measure_parity(graph, Runtime(Bundle.open(temporary), device="cpu"), pixels)
         write_file(temporary / "parity.json", parity.model_dump_json(indent=2))
@@ -151,9 +150,9 @@ def _sample(folder: Path, spec: PreprocessSpec) -> list[tuple[Pixels, bytes]]:
         if len(sample) == PARITY_PICTURES:
             break
         try:
-            data = found[i].path.read_bytes()
+            data = found[i].read()
             sample.append((preprocess(data, spec).pixels, data))
-        except (UnreadablePictureError, OSError):
+        except UnreadablePictureError:
             continue
     if len(sample) < MIN_PARITY_PICTURES:
         raise RefusalError(
@@ -163,31 +162,25 @@ def _sample(folder: Path, spec: PreprocessSpec) -> list[tuple[Pixels, bytes]]:
     return sample
 
 
-def _write_canary(
-    folder: Path, graph: Any, sample: list[tuple[Pixels, bytes]], spec: PreprocessSpec
-) -> list[CanaryPicture]:
+def _write_canary(folder: Path, graph: Any, sample: list[bytes], spec: PreprocessSpec) -> list[CanaryPicture]:
     """Shrunk copies of real pictures, encoded as JPEG (the last one as PNG), with what they must become."""
     import torch
 
     (folder / "canary").mkdir()
-    pictures = []
-    for i, (_, data) in enumerate(sample):
-        with Image.open(io.BytesIO(data)) as image:
-            small = image.convert("RGB")
+    pictures: list[CanaryPicture] = []
+    for data in sample:
+        if len(pictures) == CANARIES:
+            break
         # Larger than the input, so that decoding at a scale and resizing are exercised too.
-        small.thumbnail((4 * spec.size, 4 * spec.size))
-        if max(small.size) > 512:
-            small.thumbnail((512, 512))
-        name = f"canary/{i}.{'png' if i == CANARIES - 1 else 'jpg'}"
+        side = min(512, 4 * spec.size)
+        small = Image.fromarray(preprocess(data, PreprocessSpec(size=side, fit="pad")).pixels)
+        name = f"canary/{len(pictures)}.{'png' if len(pictures) == CANARIES - 1 else 'jpg'}"
         small.save(folder / name, quality=90)
         pixels = preprocess((folder / name).read_bytes(), spec).pixels
         with torch.no_grad():
             embedding = graph(torch.from_numpy(pixels[None]))[0]
-        pictures.append(
-            CanaryPicture(
-                file=name, pixels_sha256=hashlib.sha256(pixels.tobytes()).hexdigest(), embedding=embedding.tolist()
-            )
-        )
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        pictures.append(CanaryPicture(file=name, pixels_sha256=digest, embedding=embedding.tolist()))
     return pictures
 
 

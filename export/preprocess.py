@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import re
-import struct
+import stat
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,8 +109,8 @@ class Prepared(NamedTuple):
     """Width of the source after EXIF orientation, in pixels."""
     height: int
     """Height of the source after EXIF orientation, in pixels."""
-    frames: int
-    """Frames in the file; of an animation the first one is used."""
+    animated: bool
+    """Whether the file holds more than one frame; the first one is used."""
 
 
 def preprocess(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DEFAULT_LIMITS) -> Prepared:
@@ -144,18 +144,11 @@ def preprocess(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DEFAULT
             f"the picture has {int(pixels[0]) if pixels else MAX_PIXELS + 1:,} pixels, at most {limits.max_pixels:,} are "
             "accepted: shrink it first",
         ) from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        KeyError,
-        TypeError,
-        struct.error,
-        OverflowError,
-    ) as e:
-        # Pillow's decoders raise all of these on damaged files.
+    except MemoryError:
+        raise UnreadablePictureError(
+            "IMAGE_TOO_LARGE", "the picture needs more memory than there is: shrink it first"
+        ) from None
+    except Exception as e:  # damaged files make Pillow's decoders raise anything, RuntimeError and KeyError included
         raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the picture is damaged ({e}): replace the file") from None
 
 
@@ -180,55 +173,60 @@ def _decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> Prepared
                 "IMAGE_TOO_SMALL",
                 f"the picture is {width}×{height} pixels, at least {limits.min_side}×{limits.min_side} are needed",
             )
-        frames = int(getattr(image, "n_frames", 1))
-        orientation = _orientation(image)
+        animated = image.format in ("GIF", "WEBP", "PNG", "AVIF") and bool(getattr(image, "is_animated", False))
         if spec.scaled_jpeg and image.format in ("JPEG", "MPO"):
             scale = spec.size / (min(width, height) if spec.fit == "crop" else max(width, height))
             wanted = (max(1, int(np.ceil(width * scale))), max(1, int(np.ceil(height * scale))))
             image.draft(None, wanted)
         image.load()
-        rgb = _to_rgb(image, spec.background)
+        orientation = _orientation(image)  # after loading: Pillow turns TIFFs by itself, and then says so
+        colours = _to_rgb(image)
     if orientation in _TRANSPOSE:
-        rgb = rgb.transpose(_TRANSPOSE[orientation])
+        colours = colours.transpose(_TRANSPOSE[orientation])
         if orientation >= 5:
             width, height = height, width
-    return Prepared(np.array(_fit(rgb, spec)), width, height, frames)
+    fitted = _fit(colours, spec)
+    if fitted.mode == "RGBA":  # after shrinking: a large picture is never held in more copies than needed
+        fitted = Image.alpha_composite(Image.new("RGBA", fitted.size, (*spec.background, 255)), fitted).convert("RGB")
+    return Prepared(np.array(fitted), width, height, animated)
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
     """The EXIF orientation, 1 (upright) where the metadata is absent or damaged."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
+    except Exception:  # damaged metadata, of which Pillow raises anything
         return 1
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, 32-bit integer, float
-        values = np.asarray(image).astype(np.float32)
-        # 16-bit files span 0…65535, whichever of Pillow's modes they arrive in; float pictures 0…1 or 0…255.
-        peak = float(values.max(initial=0.0))
-        scale = 255.0 if image.mode == "F" and peak <= 1.0 else 1.0 if image.mode == "F" else 255.0 / 65535.0
-        image = Image.fromarray(np.clip(np.rint(np.nan_to_num(values) * scale), 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+# 16-bit grey to 8 bits.
+_TO_8_BITS = np.rint(np.arange(65536) * (255 / 65535)).astype(np.uint8)
 
 
-def _fit(rgb: Image.Image, spec: PreprocessSpec) -> Image.Image:
-    size, (width, height) = spec.size, rgb.size
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, or RGBA where the picture has transparency."""
+    if image.mode.startswith("I"):  # 16-bit grey, in whichever of Pillow's modes it arrives
+        image = Image.fromarray(_TO_8_BITS[np.clip(np.asarray(image), 0, 65535)])
+    elif image.mode == "F":  # float pictures span 0…1 or 0…255
+        values = np.nan_to_num(np.asarray(image))
+        scale = 255.0 if float(values.max(initial=0.0)) <= 1.0 else 1.0
+        image = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _fit(colours: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    size, (width, height) = spec.size, colours.size
     if spec.fit == "crop":
         # The centred square of the source, in fractional source pixels: one resampling, no intermediate.
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
-        return rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        return colours.resize((size, size), Image.Resampling.BICUBIC, box=box)
     scale = size / max(width, height)
     new = (max(1, round(width * scale)), max(1, round(height * scale)))
-    canvas = Image.new("RGB", (size, size), spec.background)
-    canvas.paste(rgb.resize(new, Image.Resampling.BICUBIC), ((size - new[0]) // 2, (size - new[1]) // 2))
+    canvas = Image.new(colours.mode, (size, size), spec.background)
+    canvas.paste(colours.resize(new, Image.Resampling.BICUBIC), ((size - new[0]) // 2, (size - new[1]) // 2))
     return canvas
 
 
@@ -247,37 +245,66 @@ class PictureFile(NamedTuple):
     @property
     def folder(self) -> str:
         """The first folder of the key (a label where pictures are sorted into class folders), or ''."""
-        return self.key.split("/", 1)[0] if "/" in self.key else ""
+        return first_folder(self.key)
+
+    def read(self, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
+        """The file's bytes. Raises `UnreadablePictureError` when it is too large or cannot be read."""
+        if self.size > limits.max_bytes:
+            raise UnreadablePictureError(
+                "IMAGE_TOO_LARGE",
+                f"the picture has {self.size:,} bytes, at most {limits.max_bytes:,} are accepted: shrink it first",
+            )
+        try:
+            return self.path.read_bytes()
+        except OSError as e:
+            raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the file cannot be read ({e.strerror})") from None
 
 
-def find_pictures(folder: Path) -> list[PictureFile]:
+def first_folder(key: str) -> str:
+    """The first folder of a key, or ''."""
+    return key.split("/", 1)[0] if "/" in key else ""
+
+
+def find_pictures(folder: Path, unreadable: list[tuple[str, str]] | None = None) -> list[PictureFile]:
     """The picture files below `folder` (by suffix, hidden ones left out), sorted by key.
 
-    Symbolic links to files are followed, links to folders are not. A name that is not valid Unicode keeps its
-    undecodable bytes escaped in the path and shows them as U+FFFD in the key.
+    Symbolic links to files are followed, links to folders are not. Folders that cannot be listed are skipped and
+    appended to `unreadable` with the reason. Bytes of a name that are not UTF-8 become U+FFFD in the key.
     """
     found: dict[str, PictureFile] = {}
-    for path, entry in _walk(folder):
+    for path in _walk(folder, folder, [] if unreadable is None else unreadable):
         if path.suffix.lower() not in SUFFIXES:
             continue
         try:
-            stat = entry.stat()
-        except OSError:  # gone meanwhile, or a dangling link
+            status = path.stat()
+        except OSError:  # gone meanwhile, a dangling link, or a link to itself
             continue
-        relative = path.relative_to(folder).as_posix()
-        key = unicodedata.normalize("NFC", os.fsencode(relative).decode("utf-8", "replace"))
+        if not stat.S_ISREG(status.st_mode):
+            continue
+        key = key_of(path, folder)
         while key in found:  # two spellings of one name
             key += "~"
-        found[key] = PictureFile(key, path, stat.st_size, stat.st_mtime_ns)
+        found[key] = PictureFile(key, path, status.st_size, status.st_mtime_ns)
     return sorted(found.values(), key=lambda picture: picture.key)
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, os.DirEntry[str]]]:
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(Path(entry.path))
-            elif entry.is_file():
-                yield Path(entry.path), entry
+def key_of(path: Path, folder: Path) -> str:
+    """The key of a file below a folder."""
+    relative = path.relative_to(folder).as_posix()
+    return unicodedata.normalize("NFC", os.fsencode(relative).decode("utf-8", "replace"))
+
+
+def _walk(folder: Path, root: Path, unreadable: list[tuple[str, str]]) -> Iterator[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            listed = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries if not e.name.startswith("."))
+    except OSError as e:
+        if folder == root:
+            raise
+        unreadable.append((key_of(folder, root), f"the folder cannot be listed ({e.strerror})"))
+        return
+    for name, is_folder in listed:
+        if is_folder:
+            yield from _walk(folder / name, root, unreadable)
+        else:
+            yield folder / name

@@ -3,6 +3,7 @@ run the same session."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -118,8 +119,6 @@ class Runtime:
 
 def canary_pixels(bundle: Bundle) -> Pixels:
     """The canary's preprocessed pixels, uint8 [N, H, W, 3]. Raises `RefusalError` when they decode differently."""
-    import hashlib
-
     rows = []
     for picture in bundle.manifest.canary:
         pixels = preprocess((bundle.folder / picture.file).read_bytes(), bundle.manifest.preprocess).pixels

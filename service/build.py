@@ -13,52 +13,42 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from export.bundle import Bundle, Embeddings, RefusalError, publish, sha256_file, sha256_json, write_file
+from export.bundle import (
+    Bundle,
+    Embeddings,
+    RefusalError,
+    printable,
+    publish,
+    sha256_file,
+    sha256_json,
+    write_file,
+)
 from export.preprocess import PictureFile, UnreadablePictureError, find_pictures
 from service.collection import MAX_KEY_BYTES, Collection
+from service.config import IndexBuild
 from service.encoder import BUILD_BATCH, Decoded, Encoder
 from service.records import NewRow
+from service.store import NAME, NAME_RULE
 
 SHARD = 512
 
 
-class IndexBuild(BaseModel):
-    """Embed a folder of pictures and build a collection. Run again, it continues, or adds what is new or changed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    bundle: Path
-    """The bundle that embeds the pictures."""
-    images: Path
-    """Folder of pictures; subfolders are searched."""
-    out: Path
-    """The collection folder to write; its name is the collection's name."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to embed."""
-    threads: int | None = None
-    """CPU threads; the process's quota where absent."""
-
-    def cli_cmd(self) -> int:
-        """Run the command."""
-        build(self)
-        return 0
-
-
 def build(asked: IndexBuild) -> None:
     """Build or update a collection. Raises `RefusalError`."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     if not asked.images.is_dir():
         raise RefusalError(f"{asked.images} is not a folder: give the folder that holds your pictures")
-    check_name(asked.out.name)
+    if not NAME.fullmatch(asked.out.name):
+        raise RefusalError(f"{asked.out.name!r} cannot be a collection's name: {NAME_RULE}; choose another --out")
     bundle = Bundle.open(asked.bundle)
-    found = find_pictures(asked.images)
+    unlisted: list[tuple[str, str]] = []
+    found = find_pictures(asked.images, unlisted)
     if not found:
         raise RefusalError(
             f"{asked.images} holds no pictures: expected files such as .jpg or .png there or in its subfolders"
@@ -68,13 +58,18 @@ def build(asked: IndexBuild) -> None:
     else:
         collection = Collection.create(asked.out, bundle.space_id, bundle.dim)
     try:
-        _fill(collection, asked, bundle, found, console)
+        _fill(collection, asked, bundle, found, unlisted, console)
     finally:
         collection.close()
 
 
 def _fill(
-    collection: Collection, asked: IndexBuild, bundle: Bundle, found: list[PictureFile], console: Console
+    collection: Collection,
+    asked: IndexBuild,
+    bundle: Bundle,
+    found: list[PictureFile],
+    unlisted: list[tuple[str, str]],
+    console: Console,
 ) -> None:
     before = collection.files()
     todo = [p for p in found if before.get(p.key) != (p.size, p.mtime_ns)]
@@ -83,7 +78,7 @@ def _fill(
         console.print(f"{gone} items have no file in {asked.images} (any more); they stay in the collection")
     work = asked.out / "building"
     work.mkdir(exist_ok=True)
-    encoder = Encoder(bundle, asked.device, asked.threads)
+    encoder = Encoder(bundle, asked.device, asked.threads, asked.limits)
     console.print(
         f"{len(found):,} pictures, {len(todo):,} to embed, with {bundle.space_id} on {encoder.runtime.provider} "
         f"({encoder.runtime.provider_reason})"
@@ -99,17 +94,21 @@ def _fill(
                 progress.advance(task, len(part))
     finally:
         encoder.close()
-    unreadable = [(key, reason) for note in notes for key, reason in note["unreadable"]]
-    write_file(asked.out / "unreadable.tsv", "".join(f"{key}\t{reason}\n" for key, reason in unreadable))
-    rows = [NewRow(row["key"], row["payload"], row["uri"], row["size"], row["mtime_ns"])
-            for note in notes for row in note["rows"]]  # fmt: skip
+    unreadable = [*unlisted, *((key, reason) for note in notes for key, reason in note["unreadable"])]
+    listed = "".join(f"{printable(key)}\t{printable(reason)}\n" for key, reason in unreadable)
+    write_file(asked.out / "unreadable.tsv", listed)
+    rows = [
+        NewRow(row["key"], row["payload"], row["uri"], encoder.origin, row["size"], row["mtime_ns"])
+        for note in notes
+        for row in note["rows"]
+    ]
     if rows:
         vectors = np.concatenate([np.load(work / f"{i:06d}.npy") for i, note in enumerate(notes) if note["rows"]])
         console.print(f"writing a segment of {len(rows):,} vectors of {bundle.dim} dimensions")
-        collection.add_segment(rows, vectors, "fp32", encoder.runtime.provider)
+        collection.add_segment(rows, vectors)
     shutil.rmtree(work)
     for key, reason in unreadable[:5]:
-        console.print(f"skipped {key}: {reason}")
+        console.print(f"skipped {printable(key)}: {reason}")
     if len(unreadable) > 5:
         console.print(f"… and {len(unreadable) - 5} more: see {asked.out / 'unreadable.tsv'}")
     animated = sum(note["animated"] for note in notes)
@@ -124,7 +123,7 @@ def _fill(
 def _shard(work: Path, number: int, part: Sequence[PictureFile], encoder: Encoder) -> dict[str, Any]:
     """Embed one shard, or take it as an earlier start left it; returns its note."""
     vectors_file, note_file = work / f"{number:06d}.npy", work / f"{number:06d}.json"
-    listing = sha256_json([encoder.space_id, encoder.runtime.provider, [(p.key, p.size, p.mtime_ns) for p in part]])
+    listing = sha256_json([encoder.space_id, encoder.origin, [(p.key, p.size, p.mtime_ns) for p in part]])
     try:
         note: dict[str, Any] = json.loads(note_file.read_bytes())
         if note["listing"] == listing and note["sha256"] == sha256_file(vectors_file):
@@ -141,7 +140,7 @@ def _shard(work: Path, number: int, part: Sequence[PictureFile], encoder: Encode
         if isinstance(result, UnreadablePictureError):
             unreadable.append((picture.key, str(result)))
             continue
-        animated += picture.path.suffix.lower() in (".gif", ".webp") and result.frames > 1
+        animated += result.animated
         rows.append(
             {
                 "key": picture.key, "size": picture.size, "mtime_ns": picture.mtime_ns,
@@ -171,18 +170,4 @@ def _read(encoder: Encoder, picture: PictureFile) -> Decoded | UnreadablePicture
         return UnreadablePictureError(
             "IMAGE_UNDECODABLE", f"its path has more than {MAX_KEY_BYTES} bytes: shorten folder or file names"
         )
-    try:
-        return encoder.try_decode(picture.path.read_bytes())
-    except OSError as e:
-        return UnreadablePictureError("IMAGE_UNDECODABLE", f"the file cannot be read ({e.strerror})")
-
-
-def check_name(name: str) -> None:
-    """Raises `RefusalError` for names that the API cannot carry."""
-    from service.store import NAME
-
-    if not NAME.fullmatch(name):
-        raise RefusalError(
-            f"{name!r} cannot be a collection's name: 1 to 63 of a-z, 0-9, '-' and '_' are allowed, starting with a "
-            "letter or digit; choose another --out"
-        )
+    return encoder.read(picture)

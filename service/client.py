@@ -7,7 +7,8 @@ with Client("localhost:50051") as client:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import grpc
@@ -137,24 +138,26 @@ class Client:
         key: str | None = None, top_k: int = 10, min_score: float | None = None, space_id: str = "",
     ) -> list[Neighbor]:  # fmt: skip
         """Neighbours of a picture, a vector or a stored item (give one of them), best first."""
-        request = pb.SearchRequest(
-            collection=collection, top_k=top_k, space_id=space_id,
-            image=None if image is None else pb.Image(content=image),
-            vector=None if vector is None else pb.Vector(values=np.asarray(vector, np.float32).tolist()),
-            min_score=min_score,
-        )  # fmt: skip
-        if key is not None:
-            request.key = key
+        if sum(given is not None for given in (image, vector, key)) > 1:
+            raise CallError("several of image, vector and key were given: give one", "INVALID_ARGUMENT", "BAD_REQUEST")
+        with _as_call_error():
+            query = pb.Query(
+                image=None if image is None else pb.Image(content=image),
+                vector=None if vector is None else _vector(vector, space_id),
+            )
+            if key is not None:
+                query.key = key
+            request = pb.SearchRequest(collection=collection, query=query, top_k=top_k, min_score=min_score)
         return [
-            Neighbor(n.key, n.score, json_format.MessageToDict(n.payload), n.source_uri)
+            Neighbor(n.item.key, n.score, json_format.MessageToDict(n.item.payload), n.item.source_uri)
             for n in self._call(self._search.Search, request).neighbors
         ]
 
     def upsert(self, collection: str, items: Sequence[NewItem], space_id: str = "") -> list[int | CallError]:
         """Insert or replace at most 256 items; a sequence number each, or a `CallError` in the place of one that failed."""
-        request = pb.UpsertItemsRequest(
-            collection=collection, space_id=space_id, items=[_new_item(item) for item in items]
-        )
+        with _as_call_error():
+            new = [_new_item(item, space_id) for item in items]
+            request = pb.UpsertItemsRequest(collection=collection, items=new)
         results = self._call(self._collections.UpsertItems, request).results
         return [_error(r.error) if r.HasField("error") else r.sequence for r in results]
 
@@ -220,13 +223,26 @@ def _error(status: status_pb2.Status) -> CallError:
     return CallError(status.message, code, reason, metadata, retry)
 
 
-def _new_item(item: NewItem) -> pb.NewItem:
+@contextmanager
+def _as_call_error() -> Iterator[None]:
+    """What protobuf refuses to carry is refused as the server would."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError) as e:
+        raise CallError(f"the request cannot be sent ({e}): check its values", "INVALID_ARGUMENT", "BAD_REQUEST") from e
+
+
+def _vector(values: Embeddings | Sequence[float], space_id: str) -> pb.Vector:
+    return pb.Vector(values=np.asarray(values, np.float32).tolist(), space_id=space_id)
+
+
+def _new_item(item: NewItem, space_id: str) -> pb.NewItem:
     payload = Struct()
     payload.update(dict(item.payload or {}))
     return pb.NewItem(
         key=item.key, payload=payload, source_uri=item.source_uri,
         image=None if item.image is None else pb.Image(content=item.image),
-        vector=None if item.vector is None else pb.Vector(values=np.asarray(item.vector, np.float32).tolist()),
+        vector=None if item.vector is None else _vector(item.vector, space_id),
     )  # fmt: skip
 
 

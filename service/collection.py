@@ -27,8 +27,8 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from export.bundle import Contract, Embeddings, RefusalError, read_contract, write_file
-from service.errors import InvalidArgumentError, MismatchError, NotFoundError
+from export.bundle import Embeddings, RefusalError, Sealed, make_folder, read_contract, write_file
+from service.errors import DataLossError, InvalidArgumentError, MismatchError, NotFoundError
 from service.index import Bitmap
 from service.records import NewRow, Records
 from service.segment import Segment, StoredRow, write_segment
@@ -39,7 +39,7 @@ MAX_KEY_BYTES = 512
 FRESH_LIMIT = 10_000
 
 
-class CollectionManifest(Contract):
+class CollectionManifest(Sealed):
     """collection.json."""
 
     format_version: int = COLLECTION_FORMAT
@@ -72,8 +72,10 @@ class StoredItem(NamedTuple):
 class _Part:
     """A segment and which of its rows live (None: all)."""
 
+    number: int
     segment: Segment
     live: Bitmap | None = None
+    live_count: int = 0
 
     def without(self, positions: Sequence[int]) -> _Part:
         """The same with some rows dead."""
@@ -81,7 +83,7 @@ class _Part:
         if self.live is not None:
             flags = np.unpackbits(self.live, bitorder="little")[: len(self.segment)]
         flags[list(positions)] = 0
-        return replace(self, live=np.packbits(flags, bitorder="little"))
+        return replace(self, live=np.packbits(flags, bitorder="little"), live_count=int(flags.sum()))
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class _View:
     parts: tuple[_Part, ...]
     fresh_rows: tuple[StoredRow, ...]
     fresh_vectors: Embeddings  # N D
+    fresh_origins: tuple[str, ...]
 
 
 class Collection:
@@ -115,6 +118,8 @@ class Collection:
             )
         self._lock_file = _lock(folder)
         try:
+            if not (folder / "records.sqlite").is_file():
+                raise RefusalError(f"{folder / 'records.sqlite'} is missing, so the segments mean nothing: {again}")
             self._records = Records(folder / "records.sqlite")
             self._write_lock = threading.Lock()
             self._closed = False
@@ -129,11 +134,16 @@ class Collection:
     @classmethod
     def create(cls, folder: Path, space_id: str, dim: int) -> Collection:
         """Make an empty collection. Raises `RefusalError` when the folder exists and is not empty."""
-        if folder.is_dir() and any(p.name not in ("building", "lock", "unreadable.tsv") for p in folder.iterdir()):
+        # What an interrupted start of ours may have left; collection.json is written last.
+        own = ("building", "lock", "unreadable.tsv", "records.sqlite", "records.sqlite-wal", "records.sqlite-shm")
+        if folder.exists() and not folder.is_dir():
+            raise RefusalError(f"{folder} is a file: choose another folder")
+        if folder.is_dir() and any(p.name not in own and not p.name.endswith(".tmp") for p in folder.iterdir()):
             raise RefusalError(f"{folder} exists and is not a collection: choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        Records(folder / "records.sqlite").close()
         manifest = CollectionManifest(space_id=space_id, dim=dim, created=datetime.now(UTC).replace(microsecond=0))
-        write_file(folder / "collection.json", manifest.model_dump_json(indent=2))
+        write_file(folder / "collection.json", manifest.sealed().model_dump_json(indent=2))
         return cls(folder)
 
     @property
@@ -176,7 +186,7 @@ class Collection:
         wanted = k + (leave_out is not None)
         found: list[list[tuple[float, str, _Part | None, int]]] = [[] for _ in queries]
         for part in view.parts:
-            scores, positions = part.segment.search(queries, wanted, part.live)
+            scores, positions = part.segment.search(queries, wanted, part.live, part.live_count)
             for query, row_scores, row_positions in zip(found, scores.tolist(), positions.tolist(), strict=True):
                 query += [
                     (score, part.segment.key(at), part, at)
@@ -208,8 +218,10 @@ class Collection:
             raise NotFoundError(f"the collection {self.name!r} has no item with the key {key!r}", "item", key)
         if record.vector is not None:
             return StoredItem(record.row, record.vector)
-        segment = next(part.segment for part in view.parts if int(part.segment.folder.name) == record.segment)
-        return StoredItem(record.row, np.array(segment.vectors[segment.position(record.row.id)]))
+        for part in view.parts:
+            if part.number == record.segment:
+                return StoredItem(record.row, np.array(part.segment.vectors[part.segment.position(record.row.id)]))
+        raise DataLossError(f"the item {key!r} is in segment {record.segment}, which is not open: restart the server")
 
     def files(self) -> dict[str, tuple[int | None, int | None]]:
         """Size and time of change of the file behind each key."""
@@ -244,7 +256,7 @@ class Collection:
                 for i in sorted(last.values())
             }
             dead = {record.row.id: record.segment for record in replaced if record is not None}
-            self._publish_writes(dead, list(stored.values()), vectors[list(stored)])
+            self._publish_writes(dead, list(stored.values()), vectors[list(stored)], [rows[i].origin for i in stored])
         return list(sequences)
 
     def delete(self, keys: Sequence[str]) -> list[str]:
@@ -259,10 +271,10 @@ class Collection:
                     else:
                         self._records.bury(key, self._records.take("sequence"))
                         dead[record.row.id] = record.segment
-            self._publish_writes(dead, [], np.zeros((0, self.dim), np.float32))
+            self._publish_writes(dead, [], np.zeros((0, self.dim), np.float32), [])
         return missing
 
-    def add_segment(self, rows: Sequence[NewRow], vectors: Embeddings, variant: str, provider: str) -> None:
+    def add_segment(self, rows: Sequence[NewRow], vectors: Embeddings) -> None:
         """Insert or replace many rows at once, as a segment of their own. Durable and visible on return."""
         for row in rows:
             check_key(row.key, "key")
@@ -277,12 +289,15 @@ class Collection:
                 StoredRow(i, row.key, row.payload, row.source_uri, s)
                 for i, s, row in zip(ids, sequences, rows, strict=True)
             ]
-            write_segment(self._segment_folder(number), stored, vectors, variant, provider)
+            segment = write_segment(self._segment_folder(number), stored, vectors, [row.origin for row in rows])
             with self._records.transaction():
+                replaced = [record for row in rows if (record := self._records.live(row.key)) is not None]
                 self._records.insert(rows, ids, sequences, number, None)
                 self._records.adopt(number)
-            self._view = self._load()
-            self._count = self._records.count()
+            # From here on nothing can fail: memory follows the disk.
+            self._publish_writes({r.row.id: r.segment for r in replaced}, [], np.zeros((0, self.dim), np.float32), [])
+            self._view = replace(self._view, parts=(*self._view.parts, _Part(number, segment)))
+            self._count += len(rows)
 
     def flush(self) -> None:
         """Move the fresh rows into a segment. Searches and writes go on meanwhile."""
@@ -294,11 +309,23 @@ class Collection:
                 with self._records.transaction():
                     number = self._records.take("segment")
             folder = self._segment_folder(number)
-            write_segment(folder, view.fresh_rows, view.fresh_vectors, "fp32", "mixed")
+            segment = write_segment(folder, view.fresh_rows, view.fresh_vectors, view.fresh_origins)
+            moved = {row.id for row in view.fresh_rows}
             with self._open():
                 with self._records.transaction():
-                    self._records.adopt(number, [row.id for row in view.fresh_rows])
-                self._view = self._load()
+                    self._records.adopt(number, sorted(moved))
+                # From here on nothing can fail. Rows replaced or deleted meanwhile are dead in the segment.
+                now = self._view
+                left = [at for at, row in enumerate(now.fresh_rows) if row.id not in moved]
+                living = {row.id for row in now.fresh_rows}
+                dead = [at for at, row in enumerate(view.fresh_rows) if row.id not in living]
+                part = _Part(number, segment)
+                self._view = _View(
+                    (*now.parts, part.without(dead) if dead else part),
+                    tuple(now.fresh_rows[at] for at in left),
+                    now.fresh_vectors[left],
+                    tuple(now.fresh_origins[at] for at in left),
+                )
 
     def close(self) -> None:
         """Release files and lock; waits for a write or flush that is under way. Later calls are refused."""
@@ -320,21 +347,24 @@ class Collection:
     def _segment_folder(self, number: int) -> Path:
         return self.folder / "segments" / f"{number:04d}"
 
-    def _publish_writes(self, dead: dict[int, int | None], rows: list[StoredRow], vectors: Embeddings) -> None:
+    def _publish_writes(
+        self, dead: dict[int, int | None], rows: list[StoredRow], vectors: Embeddings, origins: list[str]
+    ) -> None:
         """Replace the view after a commit: rows `dead` (id → segment) go, `rows` come."""
         view = self._view
         parts = []
         for part in view.parts:
-            number = int(part.segment.folder.name)
-            gone = [part.segment.position(i) for i, segment in dead.items() if segment == number]
+            gone = [part.segment.position(i) for i, segment in dead.items() if segment == part.number]
             parts.append(part.without(gone) if gone else part)
-        kept_rows, kept = view.fresh_rows, view.fresh_vectors
+        kept_rows, kept, kept_origins = view.fresh_rows, view.fresh_vectors, view.fresh_origins
         if any(segment is None for segment in dead.values()):
             keep = [at for at, row in enumerate(kept_rows) if row.id not in dead]
             kept_rows, kept = tuple(kept_rows[at] for at in keep), kept[keep]
+            kept_origins = tuple(kept_origins[at] for at in keep)
         if rows:
             kept_rows, kept = (*kept_rows, *rows), np.concatenate([kept, vectors])
-        self._view = _View(tuple(parts), kept_rows, kept)
+            kept_origins = (*kept_origins, *origins)
+        self._view = _View(tuple(parts), kept_rows, kept, kept_origins)
         self._count += len(rows) - len(dead)
 
     def _remove_orphans(self) -> None:
@@ -345,25 +375,27 @@ class Collection:
                 shutil.rmtree(folder)
 
     def _load(self) -> _View:
-        """The view that the records describe; segments that are open already are kept."""
-        known = (
-            {int(part.segment.folder.name): part.segment for part in self._view.parts} if hasattr(self, "_view") else {}
-        )
-        numbers = self._records.segments()
+        """The view that the records describe. Raises `RefusalError` where segments and records disagree."""
         dead: dict[int, list[int]] = {}
         for number, row_id in self._records.tombstones():
             dead.setdefault(number, []).append(row_id)
         parts = []
-        for number in numbers:
-            segment = known.get(number) or Segment(self._segment_folder(number))
-            part = _Part(segment)
+        for number in self._records.segments():
+            segment = Segment(self._segment_folder(number))
+            if segment.manifest.dim != self.dim or segment.identities() != self._records.held(number):
+                raise RefusalError(
+                    f"{segment.folder} and {self.folder / 'records.sqlite'} disagree about the rows of the segment: one of "
+                    "them is damaged; restore the collection from a backup, or build it again"
+                )
+            part = _Part(number, segment)
             if number in dead:
                 part = part.without(np.searchsorted(segment.ids, dead[number]).tolist())
             parts.append(part)
         fresh = self._records.fresh()
         vectors = [record.vector for record in fresh if record.vector is not None]
         matrix = np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
-        return _View(tuple(parts), tuple(record.row for record in fresh), matrix)
+        rows, origins = tuple(record.row for record in fresh), tuple(record.origin for record in fresh)
+        return _View(tuple(parts), rows, matrix, origins)
 
 
 def check_key(key: str, field: str) -> None:
@@ -396,13 +428,13 @@ def unit_rows(vectors: Embeddings, dim: int, field: str) -> Embeddings:
             "BAD_DIMENSIONS",
             field,
         )
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     if not np.isfinite(lengths).all() or (lengths < 1e-12).any():
         raise InvalidArgumentError(
             "the vector is zero or holds values that are not finite: send an embedding", "BAD_VECTOR", field
         )
     # Rows that are unit already stay bit-identical: what was embedded is what is stored.
-    scaled: Embeddings = np.where(np.abs(lengths - 1) < 1e-6, vectors, vectors / lengths)
+    scaled: Embeddings = np.where(np.abs(lengths - 1) < 1e-6, vectors, vectors / lengths).astype(np.float32)
     return scaled
 
 

@@ -1,4 +1,4 @@
-"""Settings of `likewise serve`."""
+"""Settings of `likewise index build` and `likewise serve`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,32 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from export.preprocess import DecodeLimits
+
+
+class IndexBuild(BaseModel):
+    """Embed a folder of pictures and build a collection. Run again, it continues, or adds what is new or changed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    bundle: Path
+    """The bundle that embeds the pictures."""
+    images: Path
+    """Folder of pictures; subfolders are searched."""
+    out: Path
+    """The collection folder to write; its name is the collection's name."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to embed."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; the process's quota where absent."""
+    limits: DecodeLimits = DecodeLimits()
+    """What pictures are accepted."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        from service.build import build
+
+        build(self)
+        return 0
 
 
 class Serve(BaseModel):
@@ -38,7 +64,7 @@ class Serve(BaseModel):
     """Pictures that may wait or be worked on; beyond that requests are refused at once with RESOURCE_EXHAUSTED."""
     max_message_mb: int = Field(64, ge=1, le=1024)
     """Largest request, in MiB."""
-    limits: DecodeLimits = DecodeLimits(max_bytes=32 * 2**20)
+    limits: DecodeLimits = DecodeLimits(max_bytes=32 * 2**20, max_pixels=50_000_000)
     """What pictures are accepted."""
     check_seconds: float = Field(10.0, gt=0)
     """How often the canary picture and query are tried; readiness follows their outcome."""

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from export.bundle import Bundle, Embeddings
-from export.preprocess import DecodeLimits, Pixels, UnreadablePictureError, preprocess
+from export.preprocess import DecodeLimits, PictureFile, Pixels, UnreadablePictureError, preprocess
 from export.runtime import Device, Runtime, cpu_quota
 
 # Every picture of a build runs in a batch of this size or of its shard's remainder, so that a build that was killed
@@ -16,11 +16,11 @@ BUILD_BATCH = 32
 
 
 class Decoded(NamedTuple):
-    """Pixels, the time they took, and the frames of the file (the first one is used)."""
+    """Pixels, the time they took, and whether there are more frames than the first."""
 
     pixels: Pixels
     seconds: float
-    frames: int
+    animated: bool
 
 
 class Encoder:
@@ -52,14 +52,19 @@ class Encoder:
         """Pixels of an encoded picture. Raises `UnreadablePictureError`."""
         start = time.perf_counter()
         prepared = preprocess(data, self.bundle.manifest.preprocess, self.limits)
-        return Decoded(prepared.pixels, time.perf_counter() - start, prepared.frames)
+        return Decoded(prepared.pixels, time.perf_counter() - start, prepared.animated)
 
-    def try_decode(self, data: bytes) -> Decoded | UnreadablePictureError:
-        """The same, with the refusal as a value."""
+    def read(self, picture: PictureFile) -> Decoded | UnreadablePictureError:
+        """Pixels of a file, or the refusal as a value."""
         try:
-            return self.decode(data)
+            return self.decode(picture.read(self.limits))
         except UnreadablePictureError as e:
             return e
+
+    @property
+    def origin(self) -> str:
+        """What made its vectors: variant and provider."""
+        return f"fp32/{self.runtime.provider}"
 
     def embed(self, pixels: Pixels) -> Embeddings:
         """uint8 [N, H, W, 3] → float32 [N, D], unit rows."""

@@ -7,6 +7,7 @@
     ├── MismatchError                     FAILED_PRECONDITION   MODEL_INDEX_MISMATCH
     ├── PreconditionError                 FAILED_PRECONDITION   COLLECTIONS_FIXED, ...
     ├── QueueFullError                    RESOURCE_EXHAUSTED    QUEUE_FULL (RetryInfo)
+    ├── DiskFullError                     RESOURCE_EXHAUSTED    DISK_FULL
     ├── ExpiredError                      DEADLINE_EXCEEDED     EXPIRED_IN_QUEUE
     ├── UnavailableError                  UNAVAILABLE           DRAINING, ENCODER_UNHEALTHY (RetryInfo)
     ├── DataLossError                     DATA_LOSS             INDEX_CHECKSUM
@@ -121,6 +122,13 @@ class QueueFullError(ServiceError):
     code = Code.RESOURCE_EXHAUSTED
     default_reason = "QUEUE_FULL"
     retry_seconds = 0.5
+
+
+class DiskFullError(ServiceError):
+    """A write did not fit the disk; nothing of it was stored."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    default_reason = "DISK_FULL"
 
 
 class ExpiredError(ServiceError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from export.bundle import RefusalError
 
@@ -14,7 +14,7 @@ class HealthCheck(BaseModel):
 
     server: str = "localhost:50051"
     """Address of the server."""
-    timeout: float = 5.0
+    timeout: float = Field(5.0, gt=0)
     """Seconds to wait."""
 
     def cli_cmd(self) -> int:

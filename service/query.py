@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from export.bundle import RefusalError
+from export.bundle import RefusalError, printable
+from export.preprocess import PictureFile, UnreadablePictureError
 
 
 class Query(BaseModel):
@@ -36,9 +38,12 @@ class Query(BaseModel):
         from service.client import CallError, Client
 
         try:
-            data = self.picture.read_bytes()
+            status = self.picture.stat()
+            data = PictureFile(self.picture.name, self.picture, status.st_size, status.st_mtime_ns).read()
         except OSError as e:
             raise RefusalError(f"{self.picture} cannot be read ({e.strerror}): give a picture file") from e
+        except UnreadablePictureError as e:
+            raise RefusalError(f"{self.picture}: {e}") from e
         try:
             with Client(self.server) as client:
                 name = self.collection or _only([c.name for c in client.collections()])
@@ -49,8 +54,9 @@ class Query(BaseModel):
         table = Table("", "key", "score", "payload", box=None)
         for rank, neighbor in enumerate(neighbors, 1):
             payload: dict[str, Any] = {k: v for k, v in neighbor.payload.items() if v != ""}
-            table.add_row(str(rank), neighbor.key, f"{neighbor.score:.3f}", str(payload) if payload else "")
-        Console(highlight=False).print(table)
+            shown = Text(printable(str(payload))) if payload else ""
+            table.add_row(str(rank), Text(printable(neighbor.key)), f"{neighbor.score:.3f}", shown)
+        Console(highlight=False, markup=False).print(table)
         if not neighbors:
             print(f"the collection {name!r} is empty")
         if self.out:

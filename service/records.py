@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from export.bundle import Embeddings, RefusalError
+from service.errors import DiskFullError
 from service.segment import StoredRow
 
 _TABLES = """
@@ -27,15 +28,20 @@ CREATE TABLE IF NOT EXISTS items (
     vector BLOB,                  -- float32
     payload TEXT NOT NULL,        -- JSON object
     source_uri TEXT NOT NULL,
+    origin TEXT NOT NULL,         -- who made the vector: variant and provider, or 'client'
     file_size INTEGER,            -- of items that came from a file
     file_mtime_ns INTEGER
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS items_live_key ON items (key) WHERE live = 1;
 CREATE INDEX IF NOT EXISTS items_sequence ON items (sequence);
+CREATE INDEX IF NOT EXISTS items_segment ON items (segment);
 CREATE TABLE IF NOT EXISTS segments (number INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 INSERT OR IGNORE INTO counters VALUES ('sequence', 0), ('id', 0), ('segment', 0);
 """
+
+
+_RESTORE = "restore the collection from a backup, or build it again"
 
 
 class NewRow(NamedTuple):
@@ -44,6 +50,7 @@ class NewRow(NamedTuple):
     key: str
     payload: str = "{}"
     source_uri: str = ""
+    origin: str = "client"
     file_size: int | None = None
     file_mtime_ns: int | None = None
 
@@ -54,6 +61,7 @@ class Record(NamedTuple):
     row: StoredRow
     segment: int | None
     vector: Embeddings | None
+    origin: str
 
 
 class Records:
@@ -62,30 +70,41 @@ class Records:
     def __init__(self, path: Path) -> None:
         """Open or create. Raises `RefusalError` when the file is damaged."""
         self._path = path
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        except sqlite3.OperationalError as e:
+            raise RefusalError(f"{path} cannot be opened ({e}): check its permissions and the free space") from e
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_TABLES)
             problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         except sqlite3.DatabaseError as e:
-            problem = str(e)
+            self._db.close()
+            if e.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise RefusalError(f"{path} is damaged ({e}): {_RESTORE}") from e
+            raise RefusalError(
+                f"{path} cannot be used ({e}); nothing in it was changed: check its permissions and the free space"
+            ) from e
         if problem != "ok":
             self._db.close()
-            raise RefusalError(
-                f"{path} is damaged ({problem}): restore the collection from a backup, or build it again"
-            )
+            raise RefusalError(f"{path} is damaged ({problem}): {_RESTORE}")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Commit on leaving, roll back on any error."""
-        self._db.execute("BEGIN IMMEDIATE")
         try:
+            self._db.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
+            self._db.execute("COMMIT")
+        except BaseException as e:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(e, sqlite3.OperationalError) and e.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+                raise DiskFullError(
+                    f"the disk of {self._path.parent.name!r} is full; nothing of this write was stored: free space"
+                ) from e
             raise
-        self._db.execute("COMMIT")
 
     def take(self, counter: str, count: int = 1) -> int:
         """Advance a counter and return the first of the `count` numbers taken. Inside a transaction."""
@@ -109,10 +128,21 @@ class Records:
         )
         blobs = [None] * len(rows) if vectors is None else [np.ascontiguousarray(v).tobytes() for v in vectors]
         self._db.executemany(
-            "INSERT INTO items (id, key, sequence, live, segment, vector, payload, source_uri, file_size, file_mtime_ns) "
-            "VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO items (id, key, sequence, live, segment, vector, payload, source_uri, origin, "
+            "file_size, file_mtime_ns) VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?)",
             [
-                (i, row.key, s, segment, blob, row.payload, row.source_uri, row.file_size, row.file_mtime_ns)
+                (
+                    i,
+                    row.key,
+                    s,
+                    segment,
+                    blob,
+                    row.payload,
+                    row.source_uri,
+                    row.origin,
+                    row.file_size,
+                    row.file_mtime_ns,
+                )
                 for i, s, row, blob in zip(ids, sequences, rows, blobs, strict=True)
             ],
         )
@@ -136,7 +166,7 @@ class Records:
     def live(self, key: str) -> Record | None:
         """The live row of a key."""
         found = self._db.execute(
-            "SELECT id, key, payload, source_uri, sequence, segment, vector FROM items WHERE key = ? AND live = 1",
+            "SELECT id, key, payload, source_uri, sequence, segment, vector, origin FROM items WHERE key = ? AND live = 1",
             (key,),
         ).fetchone()
         return _record(found) if found else None
@@ -144,7 +174,7 @@ class Records:
     def fresh(self) -> list[Record]:
         """Live rows that are in no segment yet, by id."""
         rows = self._db.execute(
-            "SELECT id, key, payload, source_uri, sequence, segment, vector FROM items "
+            "SELECT id, key, payload, source_uri, sequence, segment, vector, origin FROM items "
             "WHERE live = 1 AND segment IS NULL ORDER BY id"
         )
         return [_record(row) for row in rows]
@@ -152,6 +182,10 @@ class Records:
     def tombstones(self) -> list[tuple[int, int]]:
         """(segment, id) of dead rows that a segment still holds."""
         return self._db.execute("SELECT segment, id FROM items WHERE live = 0 AND segment IS NOT NULL").fetchall()
+
+    def held(self, segment: int) -> list[tuple[int, str]]:
+        """(id, key) of the rows that a segment holds, dead ones too, by id."""
+        return self._db.execute("SELECT id, key FROM items WHERE segment = ? ORDER BY id", (segment,)).fetchall()
 
     def segments(self) -> list[int]:
         """Numbers of the live segments."""
@@ -171,6 +205,6 @@ class Records:
         self._db.close()
 
 
-def _record(found: tuple[int, str, str, str, int, int | None, bytes | None]) -> Record:
+def _record(found: tuple[int, str, str, str, int, int | None, bytes | None, str]) -> Record:
     vector = None if found[6] is None else np.frombuffer(found[6], np.float32)
-    return Record(StoredRow(*found[:5]), found[5], vector)
+    return Record(StoredRow(*found[:5]), found[5], vector, found[7])

@@ -9,6 +9,8 @@ segments/0001/
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +18,16 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from export.bundle import Contract, Embeddings, RefusalError, publish, read_contract, sha256_file, write_file
+from export.bundle import (
+    Embeddings,
+    RefusalError,
+    Sealed,
+    make_folder,
+    publish,
+    read_contract,
+    sha256_file,
+    write_file,
+)
 from service.index import Bitmap, Rows, build_index, read_index, search_index, write_index
 
 SEGMENT_FORMAT = 1
@@ -32,7 +43,7 @@ _SCHEMA = pa.schema(
 )
 
 
-class SegmentManifest(Contract):
+class SegmentManifest(Sealed):
     """segment.json."""
 
     format_version: int = SEGMENT_FORMAT
@@ -47,10 +58,8 @@ class SegmentManifest(Contract):
     """Lists visited per query (0: exact)."""
     recall_at_10: float
     """Measured against exact search."""
-    variant: str
-    """Variant of the model that made the vectors."""
-    provider: str
-    """Execution provider that made them."""
+    origins: dict[str, int]
+    """How many vectors each variant and provider made."""
     sha256: dict[str, str]
     """Checksum per file."""
 
@@ -78,10 +87,10 @@ class Segment:
         for name in _FILES:
             file = folder / name
             found = sha256_file(file) if file.is_file() else "nothing"
-            if found != self.manifest.sha256[name]:
+            if found != self.manifest.sha256.get(name):
                 raise RefusalError(
-                    f"{file} has checksum {found[:12]}…, segment.json says {self.manifest.sha256[name][:12]}…: the file "
-                    f"was damaged; {again}"
+                    f"{file} has checksum {found[:12]}…, segment.json says {self.manifest.sha256.get(name, 'nothing')[:12]}…: "
+                    f"the file was damaged; {again}"
                 )
         self.folder = folder
         self.vectors: Embeddings = np.load(folder / "vectors.npy", mmap_mode="r")
@@ -94,13 +103,18 @@ class Segment:
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def search(self, queries: Embeddings, k: int, live: Bitmap | None) -> tuple[Embeddings, Rows]:
-        """Scores and positions [Q, k] among the live rows; −1 where there are fewer."""
-        return search_index(self._index, queries, min(k, len(self)), self.manifest.nprobe, live)
+    def search(self, queries: Embeddings, k: int, live: Bitmap | None, live_count: int) -> tuple[Embeddings, Rows]:
+        """Scores and positions [Q, k] among the live rows (all where `live` is None); −1 where there are fewer."""
+        count = len(self) if live is None else live_count
+        return search_index(self._index, queries, min(k, len(self)), self.manifest.nprobe, live, count)
 
     def row(self, position: int) -> StoredRow:
         """The row at a position."""
         return StoredRow(*(column[position].as_py() for column in self._columns))
+
+    def identities(self) -> list[tuple[int, str]]:
+        """(id, key) of every row, by id."""
+        return list(zip(self.ids.tolist(), self._columns[1].to_pylist(), strict=True))
 
     def key(self, position: int) -> str:
         """Its key alone."""
@@ -112,25 +126,30 @@ class Segment:
         return int(np.searchsorted(self.ids, row_id))
 
 
-def write_segment(folder: Path, rows: Sequence[StoredRow], vectors: Embeddings, variant: str, provider: str) -> None:
-    """Write a whole segment durably: afterwards it is there complete, or not at all. `rows` ascend by id."""
+def write_segment(folder: Path, rows: Sequence[StoredRow], vectors: Embeddings, origins: Sequence[str]) -> Segment:
+    """Write a whole segment durably, and open it: it is there complete, or not at all. `rows` ascend by id."""
     temporary = folder.with_name(f".{folder.name}.tmp")
-    temporary.mkdir(parents=True)
-    np.save(temporary / "vectors.npy", vectors)
-    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _SCHEMA, strict=True)]
-    with pa.OSFile(str(temporary / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-    index, info = build_index(vectors)
-    write_index(index, temporary / "index.faiss")
-    manifest = SegmentManifest(
-        rows=len(rows),
-        dim=vectors.shape[1],
-        factory=info.factory,
-        nprobe=info.nprobe,
-        recall_at_10=info.recall_at_10,
-        variant=variant,
-        provider=provider,
-        sha256={name: sha256_file(temporary / name) for name in _FILES},
-    )
-    write_file(temporary / "segment.json", manifest.model_dump_json(indent=2))
-    publish(temporary, folder)
+    make_folder(folder.parent)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        np.save(temporary / "vectors.npy", vectors)
+        columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _SCHEMA, strict=True)]
+        with pa.OSFile(str(temporary / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        index, info = build_index(vectors)
+        write_index(index, temporary / "index.faiss")
+        manifest = SegmentManifest(
+            rows=len(rows),
+            dim=vectors.shape[1],
+            factory=info.factory,
+            nprobe=info.nprobe,
+            recall_at_10=info.recall_at_10,
+            origins=dict(Counter(origins)),
+            sha256={name: sha256_file(temporary / name) for name in _FILES},
+        )
+        write_file(temporary / "segment.json", manifest.sealed().model_dump_json(indent=2))
+        publish(temporary, folder)
+        return Segment(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -19,6 +19,7 @@ from export.runtime import canary_pixels
 from service.batching import Batcher
 from service.config import Serve
 from service.encoder import Encoder
+from service.errors import InternalError
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
@@ -36,7 +37,7 @@ def serve(asked: Serve) -> int:
 
 
 async def _serve(asked: Serve) -> int:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     server = Server(asked)
     await server.start()
     stop = asyncio.Event()
@@ -105,8 +106,8 @@ class Server:
         except RuntimeError:
             self.engine.close()
             raise RefusalError(
-                f"the port {asked.host}:{asked.port} cannot be opened, most likely another server has it: stop that one, "
-                "or pass another --port"
+                f"{asked.host}:{asked.port} cannot be opened: another server has the port, or the address is not of this "
+                "machine; stop that one, or pass another --port or --host"
             ) from None
         if asked.metrics_port:
             try:
@@ -141,7 +142,10 @@ class Server:
             async with asyncio.timeout(self._asked.check_seconds):
                 vector = (await self.engine.batcher.embed(self._canary, None)).vector
                 for collection in self.engine.store.all():
-                    await self.engine.write(collection.search, vector[None], 1)
+                    expected = min(1, len(collection))
+                    (hits,) = await self.engine.read(collection.search, vector[None], 1)
+                    if (len(hits) < expected and len(collection) > 0) or any(not abs(h.score) <= 1 for h in hits):
+                        raise InternalError(f"the collection {collection.name!r} does not answer the canary query")
         except Exception as e:  # whatever it is, the answer is "not ready", and the next check comes
             said = "it took too long" if isinstance(e, TimeoutError) else f"{type(e).__name__}: {e}"
             print(f"likewise: not ready, the canary failed: {said}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 import time
 import traceback
@@ -28,6 +29,7 @@ from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.records import NewRow
+from service.segment import StoredRow
 from service.store import Store
 
 MAX_ITEMS = 256
@@ -65,6 +67,7 @@ class Engine:
         self._searchers = ThreadPoolExecutor(encoder.runtime.threads, thread_name_prefix="search")
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="write")
         self._flushes: set[asyncio.Task[None]] = set()
+        self._flush_after = 0.0
 
     async def embed(
         self, contents: list[bytes], fields: list[str], context: Context, clock: Clock
@@ -110,12 +113,14 @@ class Engine:
     ) -> list[Hit]:
         """Neighbours of one vector."""
         start = time.monotonic()
-        (hits,) = await asyncio.get_running_loop().run_in_executor(
-            self._searchers, collection.search, query[None], k, min_score, leave_out
-        )
+        (hits,) = await self.read(collection.search, query[None], k, min_score, leave_out)
         clock.search = time.monotonic() - start
         self.metrics.search_seconds.observe(clock.search)
         return hits
+
+    async def read(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Run a blocking call that changes nothing in a thread: never behind a write's fsync."""
+        return await asyncio.get_running_loop().run_in_executor(self._searchers, call, *arguments)
 
     async def write(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking call of the store in a thread; a write that has begun is finished even if its caller leaves."""
@@ -123,7 +128,7 @@ class Engine:
 
     def flush_when_due(self, collection: Collection) -> None:
         """Move fresh rows into a segment in the background once there are many."""
-        if collection.fresh_count >= FRESH_LIMIT and not self._flushes:
+        if collection.fresh_count >= FRESH_LIMIT and not self._flushes and time.monotonic() >= self._flush_after:
             task = asyncio.create_task(self.write(collection.flush))
             self._flushes.add(task)
             task.add_done_callback(self._flushed)
@@ -131,7 +136,8 @@ class Engine:
     def _flushed(self, task: asyncio.Task[None]) -> None:
         self._flushes.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            # The rows stay fresh, searchable and durable; the next write tries again.
+            # The rows stay fresh, searchable and durable; a later write tries again.
+            self._flush_after = time.monotonic() + 60
             _log(f"a flush failed: {type(task.exception()).__name__}: {task.exception()}")
 
     def close(self) -> None:
@@ -186,34 +192,30 @@ class SearchService(pb_grpc.SearchServiceServicer):
         clock = Clock()
         engine = self._engine
         collection = engine.store.get(request.collection)
-        k = request.top_k or 10
+        k = request.top_k if request.HasField("top_k") else 10
         if not 1 <= k <= MAX_TOP_K:
             raise InvalidArgumentError(
                 f"top_k is {k}, 1 to {MAX_TOP_K} are allowed", "BAD_TOP_K", "top_k", top_k=k, limit=MAX_TOP_K
             )
-        check_space(request.space_id, collection.space_id)
-        kind = request.WhichOneof("query")
+        kind = request.query.WhichOneof("kind")
         leave_out = None
         if kind == "image":
-            (row,) = await engine.embed([request.image.content], ["image.content"], context, clock)
+            (row,) = await engine.embed([request.query.image.content], ["query.image.content"], context, clock)
             if isinstance(row, ServiceError):
                 raise row
             query = row
         elif kind == "vector":
-            query = unit_rows(np.array(request.vector.values, np.float32), collection.dim, "vector")[0]
+            query = _vector(request.query.vector, collection, "query.vector")
         elif kind == "key":
-            item = await engine.write(collection.get, request.key)
-            query, leave_out = item.vector, request.key
+            item = await engine.read(collection.get, request.query.key)
+            query, leave_out = item.vector, request.query.key
         else:
             raise InvalidArgumentError("the query is missing: set image, vector or key", field="query")
         min_score = request.min_score if request.HasField("min_score") else None
+        if min_score is not None and not math.isfinite(min_score):
+            raise InvalidArgumentError("min_score is not a finite number", "BAD_MIN_SCORE", "min_score")
         hits = await engine.search(collection, query, k, min_score, leave_out, clock)
-        neighbors = [
-            pb.Neighbor(
-                key=hit.row.key, score=hit.score, payload=_struct(hit.row.payload), source_uri=hit.row.source_uri
-            )
-            for hit in hits
-        ]
+        neighbors = [pb.Neighbor(item=_item(hit.row), score=hit.score) for hit in hits]
         return pb.SearchResponse(neighbors=neighbors, space_id=collection.space_id, timings=clock.timings())
 
 
@@ -231,16 +233,16 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
     async def GetCollection(self, request: pb.GetCollectionRequest, context: Context) -> pb.GetCollectionResponse:  # noqa: N802
         """See the proto."""
         collection = self._engine.store.get(request.name)
-        return pb.GetCollectionResponse(collection=await self._engine.write(_collection, collection))
+        return pb.GetCollectionResponse(collection=await self._engine.read(_collection, collection))
 
     async def ListCollections(self, request: pb.ListCollectionsRequest, context: Context) -> pb.ListCollectionsResponse:  # noqa: N802  # fmt: skip
         """See the proto."""
-        size = request.page_size or 100
+        size = request.page_size if request.HasField("page_size") else 100
         if not 1 <= size <= 1000:
             raise InvalidArgumentError(f"page_size is {size}, 1 to 1000 are allowed", field="page_size")
         rest = [c for c in self._engine.store.all() if c.name > request.page_token]
         token = rest[size - 1].name if len(rest) > size else ""
-        page = [await self._engine.write(_collection, c) for c in rest[:size]]
+        page = await self._engine.read(lambda: [_collection(c) for c in rest[:size]])
         return pb.ListCollectionsResponse(collections=page, next_page_token=token)
 
     async def DeleteCollection(self, request: pb.DeleteCollectionRequest, context: Context) -> pb.DeleteCollectionResponse:  # noqa: N802  # fmt: skip
@@ -254,9 +256,8 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         engine = self._engine
         collection = engine.store.get(request.collection)
         _count(len(request.items), MAX_ITEMS, "items")
-        check_space(request.space_id, collection.space_id)
         outcomes: list[Embeddings | ServiceError] = [
-            _given_vector(item, i, collection.dim) for i, item in enumerate(request.items)
+            _given_vector(item, i, collection) for i, item in enumerate(request.items)
         ]
         pictures = [
             i for i, item in enumerate(request.items)
@@ -276,7 +277,15 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
             pb.UpsertResult(error=o.status()) if isinstance(o, ServiceError) else pb.UpsertResult() for o in outcomes
         ]
         if good:
-            rows = [NewRow(item.key, _json(item.payload), item.source_uri) for item in (request.items[i] for i in good)]
+            rows = [
+                NewRow(
+                    request.items[i].key,
+                    _json(request.items[i].payload),
+                    request.items[i].source_uri,
+                    engine.encoder.origin if i in pictures else "client",
+                )
+                for i in good
+            ]
             vectors = np.stack([o for o in outcomes if not isinstance(o, ServiceError)])
             sequences = await engine.write(collection.upsert, rows, vectors)
             for i, sequence in zip(good, sequences, strict=True):
@@ -295,11 +304,9 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
     async def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:  # noqa: N802
         """See the proto."""
         collection = self._engine.store.get(request.collection)
-        row, vector = await self._engine.write(collection.get, request.key)
-        item = pb.Item(
-            key=row.key, vector=pb.Vector(values=vector.tolist()), payload=_struct(row.payload),
-            source_uri=row.source_uri, sequence=row.sequence,
-        )  # fmt: skip
+        row, vector = await self._engine.read(collection.get, request.key)
+        item = _item(row)
+        item.vector.values.extend(vector.tolist())
         return pb.GetItemResponse(item=item, space_id=collection.space_id)
 
 
@@ -358,16 +365,31 @@ def _code_name(error: ServiceError) -> str:
     return next(code.name for code in grpc.StatusCode if code.value[0] == error.code)
 
 
-def _given_vector(item: pb.NewItem, i: int, dim: int) -> Embeddings | ServiceError:
+def _vector(vector: pb.Vector, collection: Collection, path: str) -> Embeddings:
+    check_space(vector.space_id, collection.space_id)
+    row: Embeddings = unit_rows(np.array(vector.values, np.float32), collection.dim, path)[0]
+    return row
+
+
+def _item(row: StoredRow) -> pb.Item:
+    return pb.Item(key=row.key, payload=_struct(row.payload), source_uri=row.source_uri, sequence=row.sequence)
+
+
+def _given_vector(item: pb.NewItem, i: int, collection: Collection) -> Embeddings | ServiceError:
     """The item's own vector, a placeholder where it has a picture, or why it cannot be stored."""
     try:
         check_key(item.key, f"items[{i}].key")
+        try:
+            _json(item.payload)
+        except ValueError as e:
+            raise InvalidArgumentError(
+                f"the payload cannot be stored ({e}): send finite numbers", "BAD_PAYLOAD", f"items[{i}].payload"
+            ) from None
         kind = item.WhichOneof("source")
         if kind is None:
             raise InvalidArgumentError("the item has no source: set image or vector", field=f"items[{i}].source")
         if kind == "vector":
-            row: Embeddings = unit_rows(np.array(item.vector.values, np.float32), dim, f"items[{i}].vector")[0]
-            return row
+            return _vector(item.vector, collection, f"items[{i}].vector")
     except ServiceError as e:
         return e
     return np.zeros(0, np.float32)

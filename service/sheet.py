@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image, ImageDraw, ImageFont
 
-from export.bundle import RefusalError
-from export.preprocess import PreprocessSpec, UnreadablePictureError, preprocess
+from export.bundle import RefusalError, printable
+from export.preprocess import DEFAULT_LIMITS, PreprocessSpec, UnreadablePictureError, preprocess
 
 SIDE = 144
 _GAP, _TEXT = 8, 18
@@ -31,16 +32,22 @@ class Tile(NamedTuple):
 
 
 def picture_of(source_uri: str, key: str, images: Path | None) -> bytes | None:
-    """The bytes of an item's picture, if its file is on this machine: below `images`, or where it was indexed."""
-    address = urlparse(source_uri)
-    candidates = [images / key] if images else []
-    if address.scheme == "file":
-        candidates.append(Path(unquote(address.path)))
-    for path in candidates:
-        try:
-            return path.read_bytes()
-        except OSError:
-            continue
+    """The bytes of an item's picture, if its file is on this machine: below `images`, or where it was indexed.
+
+    Both come from a server, so only regular files of a sensible size are read, and keys cannot leave `images`.
+    """
+    candidates = []
+    if images is not None and not Path(key).is_absolute() and ".." not in Path(key).parts:
+        candidates.append(images / key)
+    try:
+        address = urlsplit(source_uri)
+        if address.scheme == "file":
+            candidates.append(Path(os.fsdecode(unquote_to_bytes(address.path))))
+        for path in candidates:
+            if path.is_file() and path.stat().st_size <= DEFAULT_LIMITS.max_bytes:
+                return path.read_bytes()
+    except (OSError, ValueError):  # not here, not readable, or no address at all: drawn as a blank tile
+        return None
     return None
 
 
@@ -58,7 +65,7 @@ def draw_sheet(rows: Sequence[tuple[Tile, Sequence[Tile]]], path: Path) -> None:
             left = _GAP + c * (SIDE + _GAP) + (_GAP if c else 0)
             pen.rectangle((left - 3, top - 3, left + SIDE + 2, top + SIDE + 2), fill=_FRAME[tile.mark])
             sheet.paste(_thumbnail(tile.data), (left, top))
-            pen.text((left, top + SIDE + 4), _shorten(tile.caption, font), fill=_INK, font=font)
+            pen.text((left, top + SIDE + 4), _shorten(printable(tile.caption), font), fill=_INK, font=font)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+import uuid
 from pathlib import Path
 
-from export.bundle import RefusalError
+from export.bundle import RefusalError, make_folder, sync_folder
 from service.collection import Collection
 from service.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PreconditionError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+NAME_RULE = "1 to 63 of a-z, 0-9, '-' and '_' are allowed, starting with a letter or digit"
 
 
 class Store:
@@ -23,13 +25,14 @@ class Store:
         Raises `RefusalError` when any of them cannot be served: a server that starts serves everything it was given.
         """
         self._space_id, self._dim = space_id, dim
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held for a moment only: the event loop takes it too
+        self._changing = threading.Lock()  # held through creations and deletions
         self._collections: dict[str, Collection] = {}
         single = (folder / "collection.json").is_file()
         self._root = None if single else folder
         if not single:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
             except OSError as e:
                 raise RefusalError(
                     f"{folder} cannot be used for collections ({e.strerror}): choose another folder"
@@ -40,10 +43,7 @@ class Store:
         try:
             for path in folders:
                 if not NAME.fullmatch(path.name):
-                    raise RefusalError(
-                        f"{path} has a name that the API cannot carry: rename it to 1 to 63 of a-z, 0-9, '-' and '_', "
-                        "starting with a letter or digit"
-                    )
+                    raise RefusalError(f"{path} has a name that the API cannot carry: rename it; {NAME_RULE}")
                 self._collections[path.name] = Collection(path, space_id)
         except RefusalError:
             self.close()
@@ -66,32 +66,30 @@ class Store:
     def create(self, name: str) -> Collection:
         """Make an empty collection."""
         if not NAME.fullmatch(name):
-            raise InvalidArgumentError(
-                f"{name!r} cannot be a collection's name: 1 to 63 of a-z, 0-9, '-' and '_' are allowed, starting with a "
-                "letter or digit",
-                "BAD_NAME",
-                "name",
-            )
+            raise InvalidArgumentError(f"{name!r} cannot be a collection's name: {NAME_RULE}", "BAD_NAME", "name")
         root = self._changeable()
-        with self._lock:
+        with self._changing:
             if name in self._collections:
                 raise AlreadyExistsError(f"the collection {name!r} exists already", collection=name)
             try:
                 collection = Collection.create(root / name, self._space_id, self._dim)
             except RefusalError as e:
                 raise PreconditionError(str(e), "FOLDER_IN_USE", collection=name) from e
-            self._collections[name] = collection
+            with self._lock:
+                self._collections[name] = collection
             return collection
 
     def delete(self, name: str) -> None:
-        """Delete a collection, for good."""
+        """Delete a collection, for good. Calls on it that are under way finish first; later ones are NOT_FOUND."""
         root = self._changeable()
-        collection = self.get(name)
-        with self._lock:
-            self._collections.pop(name, None)
+        with self._changing:
+            collection = self.get(name)
+            with self._lock:
+                del self._collections[name]
             collection.close()
-            gone = root / f".deleted-{name}"
+            gone = root / f".deleted-{name}-{uuid.uuid4().hex}"
             collection.folder.rename(gone)
+            sync_folder(root)
         shutil.rmtree(gone)
 
     def close(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.bundle import DataFingerprint, publish, sha256_json, write_file
+from export.bundle import DataFingerprint, make_folder, publish, sha256_json, write_file
 from export.preprocess import PictureFile, Pixels, PreprocessSpec, UnreadablePictureError, preprocess
 
 SHARD = 2048
@@ -21,21 +21,25 @@ SHARD = 2048
 class PictureCache:
     """The readable pictures of a folder as uint8 [N, S, S, 3].
 
-    Attributes: `keys`, `unreadable` (key, reason), `fingerprint`.
+    Attributes: `pictures` (in the order of the pixels), `unreadable` (key, reason), `fingerprint`.
     """
 
     def __init__(
-        self, shards: list[Pixels], keys: list[str], unreadable: list[tuple[str, str]], fingerprint: DataFingerprint
+        self,
+        shards: list[Pixels],
+        pictures: list[PictureFile],
+        unreadable: list[tuple[str, str]],
+        fingerprint: DataFingerprint,
     ) -> None:
         self._shards = shards
-        self.keys = keys
+        self.pictures = pictures
         self.unreadable = unreadable
         self.fingerprint = fingerprint
         self._resident: Tensor | None = None
         self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.pictures)
 
     @property
     def bytes(self) -> int:
@@ -63,11 +67,10 @@ def build_cache(
 
     `progress` is called with the number of pictures finished by each shard.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shards: list[Pixels] = []
-    keys: list[str] = []
+    readable: list[PictureFile] = []
     unreadable: list[tuple[str, str]] = []
-    readable: list[tuple[str, int]] = []
     with ThreadPoolExecutor(threads) as pool:
         for number, low in enumerate(range(0, len(pictures), SHARD)):
             part = pictures[low : low + SHARD]
@@ -78,14 +81,15 @@ def build_cache(
                 note = _write_shard(part, listing, pixels_file, note_file, spec, pool)
             if note["keys"]:
                 shards.append(np.load(pixels_file, mmap_mode="r"))
-            keys += note["keys"]
             unreadable += [(key, reason) for key, reason in note["unreadable"]]
             good = set(note["keys"])
-            readable += [(p.key, p.size) for p in part if p.key in good]
+            readable += [p for p in part if p.key in good]
             progress(len(part))
-    digest = hashlib.sha256(json.dumps(readable).encode()).hexdigest()
-    data = DataFingerprint(folder=str(root), pictures=len(keys), unreadable=len(unreadable), sha256=digest)
-    return PictureCache(shards, keys, unreadable, data)
+    digest = sha256_json([(p.key, p.size) for p in readable])
+    # A folder's name may hold bytes that are not UTF-8; what is stored must be text.
+    name = os.fsencode(root.resolve()).decode("utf-8", "replace")
+    data = DataFingerprint(folder=name, pictures=len(readable), unreadable=len(unreadable), sha256=digest)
+    return PictureCache(shards, readable, unreadable, data)
 
 
 def _read_note(path: Path, listing: str) -> dict[str, list] | None:  # type: ignore[type-arg]
@@ -102,11 +106,9 @@ def _write_shard(
 ) -> dict[str, list]:  # type: ignore[type-arg]  # fmt: skip
     def decode(picture: PictureFile) -> Pixels | str:
         try:
-            return preprocess(picture.path.read_bytes(), spec).pixels
+            return preprocess(picture.read(), spec).pixels
         except UnreadablePictureError as e:
             return str(e)
-        except OSError as e:
-            return f"the file cannot be read ({e.strerror})"
 
     rows: list[Pixels] = []
     note: dict[str, list] = {"keys": [], "unreadable": []}  # type: ignore[type-arg]

@@ -14,21 +14,23 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from export.bundle import RefusalError, write_file
-from training.config import Recipe
+from export.bundle import RefusalError, make_folder, write_file
 
 NAME = "checkpoints/last.pt"
 
 
-def save_checkpoint(run: Path, recipe: Recipe, step: int, state: dict[str, Any]) -> None:
-    """Replace the last checkpoint; the old one stays whole until the new one is durable."""
+def save_checkpoint(run: Path, identity: dict[str, Any], step: int, state: dict[str, Any]) -> None:
+    """Replace the last checkpoint; the old one stays whole until the new one is durable.
+
+    `identity` is what a resume must match: the recipe's fields, the data's digest, the precision.
+    """
     buffer = io.BytesIO()
-    torch.save({"recipe": recipe.model_dump_json(), "step": step, "state": state}, buffer)
-    (run / "checkpoints").mkdir(exist_ok=True)
+    torch.save({"identity": json.dumps(identity), "step": step, "state": state}, buffer)
+    make_folder(run / "checkpoints")
     try:
         write_file(run / NAME, buffer.getvalue())
     except OSError as e:
@@ -38,23 +40,40 @@ def save_checkpoint(run: Path, recipe: Recipe, step: int, state: dict[str, Any])
         ) from e
 
 
-def load_checkpoint(run: Path, recipe: Recipe) -> tuple[int, dict[str, Any]] | None:
-    """(steps done, state), or None where there is none. Raises `RefusalError` when it belongs to another recipe."""
+class Checkpoint(NamedTuple):
+    """A stored state."""
+
+    identity: dict[str, Any]
+    step: int
+    state: dict[str, Any]
+
+    def require(self, identity: dict[str, Any], run: Path) -> None:
+        """Raises `RefusalError` when it belongs to another configuration, precision or set of pictures."""
+        different = sorted(
+            key for key in identity.keys() | self.identity.keys() if identity.get(key) != self.identity.get(key)
+        )
+        if different == ["data"]:
+            raise RefusalError(
+                f"the pictures are not those that {run} was started on (digest {str(identity['data'])[:12]}…, not "
+                f"{str(self.identity['data'])[:12]}…): restore them to continue it, or choose another --out"
+            )
+        if different:
+            shown = ", ".join(f"{key} {self.identity.get(key)} → {identity.get(key)}" for key in different[:4])
+            raise RefusalError(
+                f"{run} holds step {self.step} of another configuration ({shown}): repeat its flags to continue it, or "
+                "choose another --out"
+            )
+
+
+def load_checkpoint(run: Path) -> Checkpoint | None:
+    """The last checkpoint, or None where there is none. Raises `RefusalError` when it is damaged."""
     path = run / NAME
     if not path.is_file():
         return None
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
+        return Checkpoint(json.loads(stored["identity"]), stored["step"], stored["state"])
     except Exception as e:  # torch raises types of its own for damaged files
         raise RefusalError(
             f"{path} cannot be read ({type(e).__name__}): it is damaged; choose another --out to start again"
         ) from e
-    theirs, ours = json.loads(stored["recipe"]), json.loads(recipe.model_dump_json())
-    different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    if different:
-        shown = ", ".join(f"{key} {theirs.get(key)} → {ours.get(key)}" for key in different[:4])
-        raise RefusalError(
-            f"{run} holds step {stored['step']} of another configuration ({shown}): repeat its flags to continue it, "
-            "or choose another --out"
-        )
-    return stored["step"], stored["state"]

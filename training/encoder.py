@@ -141,7 +141,8 @@ def load_initial(path: Path, vit: VisionTransformer) -> None:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except Exception as e:  # torch and safetensors raise types of their own
-        raise RefusalError(f"--init {path} cannot be read as weights ({type(e).__name__}: {e})") from e
+        first = (str(e) or type(e).__name__).splitlines()[0]
+        raise RefusalError(f"--init {path} cannot be read as weights ({first}): give .safetensors or .pth") from e
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -24,7 +24,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from export.bundle import EncoderSpec, RefusalError, RunManifest, tensors_sha256, write_file
+from export.bundle import (
+    EncoderSpec,
+    RefusalError,
+    RunManifest,
+    make_folder,
+    printable,
+    tensors_sha256,
+    write_file,
+)
 from export.preprocess import PreprocessSpec, UnreadablePictureError, find_pictures, preprocess
 from export.runtime import cpu_quota
 from training.cache import PictureCache, build_cache
@@ -46,34 +54,35 @@ MEASUREMENTS = 10  # of health, over a run
 
 def train(asked: Train) -> int:
     """Run `likewise train`; returns the exit code. Raises `RefusalError`."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     if not asked.pictures.is_dir():
         raise RefusalError(f"{asked.pictures} is not a folder: give the folder that holds your pictures")
     if (asked.out / CHECKPOINT).is_file() and not asked.resume:
         raise RefusalError(f"{asked.out} already holds a run: pass --resume to continue it, or choose another --out")
-    if asked.out.is_dir() and any(asked.out.iterdir()) and not asked.resume:
-        raise RefusalError(
-            f"{asked.out} is not empty: pass --resume to continue an interrupted run, or choose another --out"
-        )
+    foreign = asked.out.is_dir() and any(p.name not in ("cache", "unreadable.tsv") for p in asked.out.iterdir())
+    if foreign and not asked.resume:
+        raise RefusalError(f"{asked.out} is not empty and holds no run: choose another --out")
     hardware = _hardware(asked)
     torch.set_num_threads(hardware.threads)
-    found = find_pictures(asked.pictures)
+    unreadable: list[tuple[str, str]] = []
+    found = find_pictures(asked.pictures, unreadable)
     if not found:
         raise RefusalError(
             f"{asked.pictures} holds no pictures: expected files such as .jpg or .png there or in its subfolders"
         )
-    asked.out.mkdir(parents=True, exist_ok=True)
+    make_folder(asked.out)
     # The number of readable pictures decides the sizes that do not depend on the cache's; decode first.
     draft, _ = resolve(asked, max(len(found), 1), hardware)
     spec = PreprocessSpec(size=draft.cache_size, fit=draft.fit)
     with _bar(console, "decoding", len(found)) as advance:
         cache = build_cache(asked.out / "cache", found, asked.pictures, spec, hardware.threads, advance)
-    lines = "".join(f"{key}\t{reason}\n" for key, reason in cache.unreadable)
+    unreadable += cache.unreadable
+    lines = "".join(f"{printable(key)}\t{printable(reason)}\n" for key, reason in unreadable)
     write_file(asked.out / "unreadable.tsv", lines)
-    if cache.unreadable:
+    if unreadable:
         console.print(
-            f"{len(cache.unreadable)} of {len(found)} files are skipped, for example {cache.unreadable[0][0]}: "
-            f"{cache.unreadable[0][1]} (all in {asked.out / 'unreadable.tsv'})"
+            f"{len(unreadable)} of {len(found)} files are skipped, for example {printable(unreadable[0][0])}: "
+            f"{unreadable[0][1]} (all in {asked.out / 'unreadable.tsv'})"
         )
     recipe, reasons = resolve(asked, len(cache), hardware)
     trainer = Trainer(recipe, reasons, cache, asked, hardware, console)
@@ -205,25 +214,27 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the last step; returns 0, or 130 after saving when interrupted."""
-        stored = _stored_steps(self.run) if self.asked.minutes is not None else None
+        loaded = load_checkpoint(self.run)
         if self.cache.bytes < 0.25 * _free_bytes(self.device):
             self.cache.load(self.device)
         if self.asked.minutes is not None:
-            steps = stored if stored is not None else self._steps_that_fit(self.asked.minutes)
+            steps = self._steps_that_fit(self.asked.minutes) if loaded is None else int(loaded.identity["steps"])
             self.recipe = self.recipe.model_copy(update={"steps": steps})
-            self.reasons["steps"] = f"what fits {self.asked.minutes:g} minutes, measured here"
+            self.reasons["steps"] = f"what fits {self.asked.minutes:g} minutes, measured " + (
+                "here" if loaded is None else "at the start"
+            )
         r = self.recipe
+        start = 0
+        if loaded is not None:
+            loaded.require(self.identity(), self.run)
+            start = loaded.step
+            self.load(loaded.state)
         self._announce()
         monitor = self._monitor()
-        loaded = load_checkpoint(self.run, r)
-        if loaded is None:
-            start = 0
-            self.save(0)
-        else:
-            start, state = loaded
-            self.load(state)
+        if loaded is not None:
             self.console.print(f"continuing at step {start:,} of {r.steps:,}")
-        log = MetricsLog(self.run / "metrics.jsonl", keep_below=start)
+        self.save(start)  # also after a resume: a kill may have come between the checkpoint and the encoder
+        log = MetricsLog(self.run / "metrics.jsonl", start)
         history: list[Health] = []
         self._measure(start, monitor, log, history)
 
@@ -236,9 +247,10 @@ class Trainer:
                 pending.append(self.step(step))
                 done = step + 1
                 advance(1)
-                if done % every == 0 or done == r.steps:
-                    seconds = time.monotonic() - since
-                    self._log(log, done, pending, seconds)
+                due = time.monotonic() - saved > 60 * self.asked.checkpoint_minutes
+                last = self.stopped or done == r.steps
+                if done % every == 0 or last or due:  # before every checkpoint too: what is saved was seen to be finite
+                    self._log(log, done, pending, time.monotonic() - since)
                     pending, since = [], time.monotonic()
                 if done % measure_every == 0 or done == r.steps:
                     self._measure(done, monitor, log, history)
@@ -249,7 +261,7 @@ class Trainer:
                         f"stopped and saved at step {done:,} of {r.steps:,}: the same command with --resume continues"
                     )
                     return INTERRUPTED
-                if done == r.steps or time.monotonic() - saved > 60 * self.asked.checkpoint_minutes:
+                if done == r.steps or due:
                     self.save(done)
                     saved = time.monotonic()
         self.console.print(f"done: {self.run}   next: likewise export {self.run} --out BUNDLE")
@@ -291,15 +303,15 @@ class Trainer:
     def _monitor(self) -> Monitor:
         """A sample of the pictures, prepared as at inference, with folder names as labels where there are several."""
         order = np.random.default_rng(self.recipe.seed).permutation(len(self.cache))[:SAMPLE]
-        keys = [self.cache.keys[i] for i in sorted(order)]
+        sample = [self.cache.pictures[i] for i in sorted(order)]
         spec = self._preprocess_spec()
         rows, names = [], []
-        for key in keys:
+        for picture in sample:
             try:
-                rows.append(preprocess((self.asked.pictures / key).read_bytes(), spec).pixels)
-            except (UnreadablePictureError, OSError):
+                rows.append(preprocess(picture.read(), spec).pixels)
+            except UnreadablePictureError:
                 continue  # changed since it was decoded; the sample does without it
-            names.append(key.split("/", 1)[0] if "/" in key else "")
+            names.append(picture.folder)
         if not rows:
             raise RefusalError(
                 f"none of the pictures in {self.asked.pictures} can be read any more: restore the folder"
@@ -329,6 +341,12 @@ class Trainer:
 
     # --- state --------------------------------------------------------------------------------------------------
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to, and a resume must match."""
+        precision = "bfloat16" if self.bf16 else "float32"
+        fields = json.loads(self.recipe.model_dump_json())
+        return {**fields, "data": self.cache.fingerprint.sha256, "precision": precision}
+
     def state(self) -> dict[str, Any]:
         """Everything that a step changes."""
         return {
@@ -346,7 +364,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write checkpoint, encoder and run.json, each atomically."""
-        save_checkpoint(self.run, self.recipe, step, self.state())
+        save_checkpoint(self.run, self.identity(), step, self.state())
         encoder = {name: value.detach().cpu().contiguous() for name, value in self.teacher.vit.state_dict().items()}
         write_file(self.run / "encoder.safetensors", save_safetensors(encoder))
         manifest = RunManifest(
@@ -404,18 +422,17 @@ class Trainer:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line; a resume drops the lines after its checkpoint."""
 
-    def __init__(self, path: Path, keep_below: int) -> None:
+    def __init__(self, path: Path, resumed_at: int) -> None:
         self._path = path
         kept = []
-        if path.is_file():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] < keep_below or (
-                        keep_below and json.loads(line)["step"] == keep_below and "health" not in line
-                    ):
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue  # the line that a kill cut short
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue  # the line that a kill cut short
+            # The measurement at the checkpoint is made again.
+            if values["step"] < resumed_at or (values["step"] == resumed_at and "loss" in values):
+                kept.append(line)
         write_file(path, "".join(line + "\n" for line in kept))
 
     def write(self, **values: Any) -> None:
@@ -436,14 +453,6 @@ def derive(seed: int, purpose: str, number: int) -> int:
     """A seed for one purpose at one step: independent streams, the same after a resume."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _stored_steps(run: Path) -> int | None:
-    """The number of steps that an earlier start of this run measured."""
-    try:
-        return int(json.loads((run / "run.json").read_bytes())["steps_total"])
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -10,19 +10,17 @@ from torch import Tensor, nn
 class RingMemory(nn.Module):
     """A first-in first-out memory of unit rows; it starts with random ones.
 
-    Buffers: `rows` [N, d] float32, `head` (where the next row goes), `pushed` (rows written so far).
+    Buffers: `rows` [N, d] float32, `head` (where the next row goes).
     """
 
     rows: Tensor
     head: Tensor
-    pushed: Tensor
 
     def __init__(self, size: int, dim: int, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("rows", F.normalize(torch.randn(size, dim, generator=generator), dim=1))
         self.register_buffer("head", torch.zeros((), dtype=torch.long))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
@@ -33,4 +31,3 @@ class RingMemory(nn.Module):
         at = (self.head + torch.arange(count, device=self.rows.device)) % size
         self.rows[at] = rows.to(self.rows.dtype)
         self.head.copy_((self.head + count) % size)
-        self.pushed.add_(count)

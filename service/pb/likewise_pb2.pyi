@@ -61,6 +61,11 @@ class Vector(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VALUES_FIELD_NUMBER: _builtins.int
+    SPACE_ID_FIELD_NUMBER: _builtins.int
+    space_id: _builtins.str
+    """The space that it belongs to. In requests, where known: another one than the server's is refused with
+    MODEL_INDEX_MISMATCH instead of being answered with nonsense. Absent in results, whose reply names it once.
+    """
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """As many values as the encoder has dimensions. Results have length 1; queries and items are scaled to it."""
@@ -69,14 +74,51 @@ class Vector(_message.Message):
         self,
         *,
         values: _abc.Iterable[_builtins.float] | None = ...,
+        space_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["space_id", b"space_id", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Vector: _TypeAlias = Vector  # noqa: Y015
+
+@_typing.final
+class Query(_message.Message):
+    """What to find neighbours of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Key of a stored item, which is left out of its own neighbours."""
+    @_builtins.property
+    def image(self) -> Global___Image:
+        """A picture; it is embedded first."""
+
+    @_builtins.property
+    def vector(self) -> Global___Vector:
+        """An embedding, from Embed or GetItem."""
+
+    def __init__(
+        self,
+        *,
+        image: Global___Image | None = ...,
+        vector: Global___Vector | None = ...,
+        key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "key", b"key", "kind", b"kind", "vector", b"vector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "key", b"key", "kind", b"kind", "vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["image", "vector", "key"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Query: _TypeAlias = Query  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
@@ -292,53 +334,39 @@ class SearchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COLLECTION_FIELD_NUMBER: _builtins.int
-    IMAGE_FIELD_NUMBER: _builtins.int
-    VECTOR_FIELD_NUMBER: _builtins.int
-    KEY_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     MIN_SCORE_FIELD_NUMBER: _builtins.int
-    SPACE_ID_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """Name of the collection."""
-    key: _builtins.str
-    """Key of a stored item, which is left out of its own neighbours."""
     top_k: _builtins.int
     """How many neighbours, 1 to 1000; 10 where absent."""
     min_score: _builtins.float
     """Leaves out neighbours with a lower score."""
-    space_id: _builtins.str
-    """The space of `vector`, where known: another one than the collection's is refused instead of answered with nonsense."""
     @_builtins.property
-    def image(self) -> Global___Image:
-        """A picture; it is embedded first."""
-
-    @_builtins.property
-    def vector(self) -> Global___Vector:
-        """An embedding, from Embed or GetItem."""
+    def query(self) -> Global___Query:
+        """What to find neighbours of."""
 
     def __init__(
         self,
         *,
         collection: _builtins.str = ...,
-        image: Global___Image | None = ...,
-        vector: Global___Vector | None = ...,
-        key: _builtins.str = ...,
-        top_k: _builtins.int = ...,
+        query: Global___Query | None = ...,
+        top_k: _builtins.int | None = ...,
         min_score: _builtins.float | None = ...,
-        space_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "image", b"image", "key", b"key", "min_score", b"min_score", "query", b"query", "vector", b"vector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "_top_k", b"_top_k", "min_score", b"min_score", "query", b"query", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "collection", b"collection", "image", b"image", "key", b"key", "min_score", b"min_score", "query", b"query", "space_id", b"space_id", "top_k", b"top_k", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "_top_k", b"_top_k", "collection", b"collection", "min_score", b"min_score", "query", b"query", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
     _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015
-    _WhichOneofReturnType_query: _TypeAlias = _typing.Literal["image", "vector", "key"]  # noqa: Y015
-    _WhichOneofArgType_query: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_score) -> _WhichOneofReturnType__min_score | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_query) -> _WhichOneofReturnType_query | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
 
 Global___SearchRequest: _TypeAlias = SearchRequest  # noqa: Y015
 
@@ -378,27 +406,23 @@ class Neighbor(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    KEY_FIELD_NUMBER: _builtins.int
+    ITEM_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
-    PAYLOAD_FIELD_NUMBER: _builtins.int
-    SOURCE_URI_FIELD_NUMBER: _builtins.int
-    key: _builtins.str
     score: _builtins.float
     """Cosine similarity, -1 to 1."""
-    source_uri: _builtins.str
     @_builtins.property
-    def payload(self) -> _struct_pb2.Struct: ...
+    def item(self) -> Global___Item:
+        """The item, without its vector."""
+
     def __init__(
         self,
         *,
-        key: _builtins.str = ...,
+        item: Global___Item | None = ...,
         score: _builtins.float = ...,
-        payload: _struct_pb2.Struct | None = ...,
-        source_uri: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "payload", b"payload", "score", b"score", "source_uri", b"source_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -538,14 +562,16 @@ class ListCollectionsRequest(_message.Message):
     def __init__(
         self,
         *,
-        page_size: _builtins.int = ...,
+        page_size: _builtins.int | None = ...,
         page_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
+    _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_size) -> _WhichOneofReturnType__page_size | None: ...
 
 Global___ListCollectionsRequest: _TypeAlias = ListCollectionsRequest  # noqa: Y015
 
@@ -632,7 +658,7 @@ class NewItem(_message.Message):
 
     @_builtins.property
     def payload(self) -> _struct_pb2.Struct:
-        """Returned with the item."""
+        """Returned with the item. Its numbers are doubles: send integers beyond 2^53 as strings."""
 
     def __init__(
         self,
@@ -659,11 +685,8 @@ class UpsertItemsRequest(_message.Message):
 
     COLLECTION_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
-    SPACE_ID_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """Name of the collection."""
-    space_id: _builtins.str
-    """The space of the items' vectors, where known."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewItem]:
         """Up to 256 items."""
@@ -673,11 +696,10 @@ class UpsertItemsRequest(_message.Message):
         *,
         collection: _builtins.str = ...,
         items: _abc.Iterable[Global___NewItem] | None = ...,
-        space_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "items", b"items", "space_id", b"space_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "items", b"items"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,7 +76,7 @@ class Shadow(RuleBasedStateMachine):
     def add_segment(self, keys: list[str]) -> None:
         keys = sorted(set(keys))
         vectors = self.fresh_vectors(len(keys))
-        self.collection.add_segment(rows(*keys), vectors, "fp32", "test")
+        self.collection.add_segment(rows(*keys), vectors)
         self.truth.update(zip(keys, vectors, strict=True))
 
     @rule()
@@ -118,7 +118,7 @@ TestShadow.settings = settings(
 def test_search_sorts_filters_and_leaves_out(collection: Collection) -> None:
     assert collection.search(unit(1), 5) == [[]]  # an empty collection answers with nothing
     vectors = unit(30)
-    collection.add_segment(rows(*(f"s{i:02d}" for i in range(20))), vectors[:20], "fp32", "test")
+    collection.add_segment(rows(*(f"s{i:02d}" for i in range(20))), vectors[:20])
     collection.upsert(rows(*(f"f{i:02d}" for i in range(10))), vectors[20:])
     two = collection.search(unit(2, 5), 7)
     assert [len(hits) for hits in two] == [7, 7]
@@ -211,7 +211,7 @@ def test_acknowledged_writes_survive_sigkill(tmp_path: Path) -> None:
 
 
 def test_a_segment_that_was_never_committed_is_removed(collection: Collection) -> None:
-    collection.add_segment(rows("a", "b"), unit(2), "fp32", "test")
+    collection.add_segment(rows("a", "b"), unit(2))
     shutil.copytree(collection.folder / "segments" / "0001", collection.folder / "segments" / "0002")
     collection.close()
     again = Collection(collection.folder)
@@ -221,7 +221,7 @@ def test_a_segment_that_was_never_committed_is_removed(collection: Collection) -
 
 @pytest.mark.parametrize("name", ["vectors.npy", "rows.arrow", "index.faiss", "segment.json"])
 def test_damage_is_found_on_opening(collection: Collection, name: str) -> None:
-    collection.add_segment(rows("a", "b"), unit(2), "fp32", "test")
+    collection.add_segment(rows("a", "b"), unit(2))
     collection.close()
     file = collection.folder / "segments" / "0001" / name
     data = bytearray(file.read_bytes())

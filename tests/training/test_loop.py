@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,10 +164,56 @@ def test_refusals(run: Path, pictures: Path, tmp_path: Path, refused: Callable[.
     assert "is damaged" in refused("train", pictures, "--out", damaged, "--resume", "--steps", "1", *TINY)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    flags = ["--steps", "50", "--lr", "1e30", *TINY]
+def test_a_loss_that_is_not_finite_is_never_saved(pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    # 2,000 steps: the loss is logged every 20, but a checkpoint is due at each.
+    flags = ["--steps", "2000", "--lr", "1e30", "--checkpoint-minutes", "1e-7", *TINY]
     assert "lower --lr" in refused("train", pictures, "--out", tmp_path / "r", *flags)
-    assert checkpoint(tmp_path / "r")["step"] == 0
+    state = checkpoint(tmp_path / "r")["state"]["student"]
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_a_resume_needs_the_same_pictures_and_precision(
+    run: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    data = write_shapes(tmp_path / "data", 40)
+    out = tmp_path / "r"
+    flags = ["train", data, "--out", out, "--resume", "--steps", "2", *TINY]
+    assert main([str(f) for f in flags]) == 0
+    assert "precision float32 → bfloat16" in refused(*flags, "--precision", "bfloat16")
+    write_shapes(data, 41)
+    assert "the pictures are not those" in refused(*flags)
+
+
+def test_files_lost_after_the_checkpoint_are_written_again(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    flags = ["train", str(pictures), "--out", str(out), "--resume", "--minutes", "0.02", *TINY]
+    assert main(flags) == 0
+    before = (out / "encoder.safetensors").read_bytes()
+    for name in ("encoder.safetensors", "run.json"):
+        (out / name).unlink()  # as after a kill between the checkpoint and them
+    assert main(flags) == 0
+    assert (out / "encoder.safetensors").read_bytes() == before and steps_done(out) == read_run(out).steps_total
+
+
+def test_a_refused_start_can_be_corrected_in_place(pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    flags = ["train", pictures, "--out", tmp_path / "r", "--steps", "0", *TINY]
+    assert "is not a file" in refused(*flags, "--init", tmp_path / "none.pth")
+    assert main([str(f) for f in flags]) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("x")
+    assert "not empty and holds no run" in refused("train", pictures, "--out", tmp_path / "mine", *TINY)
+
+
+def test_names_of_every_kind_train(tmp_path: Path) -> None:
+    folder = tmp_path / unicodedata.normalize("NFD", "größe")
+    write_shapes(folder, 32)
+    (folder / "star").rename(folder / unicodedata.normalize("NFD", "étoile"))
+    raw = os.fsencode(tmp_path) + b"/bad\xff"
+    folder.rename(os.fsdecode(raw))
+    assert main(["train", os.fsdecode(raw), "--out", str(tmp_path / "r"), "--steps", "1", *TINY]) == 0
+    assert read_run(tmp_path / "r").data.pictures == 32
+    health = [line for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines() if "health" in line]
+    assert "knn" in json.loads(health[-1])  # every picture of the sample was found again
 
 
 def test_unreadable_pictures_are_listed_and_skipped(pictures: Path, tmp_path: Path) -> None:
