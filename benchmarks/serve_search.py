@@ -129,7 +129,7 @@ def main() -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     if not (collections / "c").is_dir():
         collection = Collection.create(collections / "c", bundle.space_id, bundle.dim)
-        collection.add_segment([NewRow(f"item/{i:07d}.jpg") for i in range(rows)], vectors, "fp32", "synthetic")
+        collection.add_segment([NewRow(f"item/{i:07d}.jpg") for i in range(rows)], vectors)
         collection.close()
 
     serve = ["serve", "--bundle", str(bundle_folder), "--collections", str(collections), "--port", "0"]
@@ -174,13 +174,16 @@ async def measure(
     async with grpc.aio.insecure_channel(address) as channel:
         embed, search = pb_grpc.EncoderServiceStub(channel).Embed, pb_grpc.SearchServiceStub(channel).Search
 
+        def query(i: int) -> pb.Query:
+            return pb.Query(vector=pb.Vector(values=asked[i % len(asked)]))
+
         def ask(i: int) -> Awaitable[pb.SearchResponse]:
-            return search(pb.SearchRequest(collection="c", vector=pb.Vector(values=asked[i % len(asked)])))
+            return search(pb.SearchRequest(collection="c", query=query(i)))
 
         def picture(i: int) -> Awaitable[pb.EmbedResponse]:
             return embed(pb.EmbedRequest(images=[pb.Image(content=pictures[i % len(pictures)])]))
 
-        request = pb.SearchRequest(collection="c", vector=pb.Vector(values=asked[0])).SerializeToString()
+        request = pb.SearchRequest(collection="c", query=query(0)).SerializeToString()
         size = len((await ask(0)).SerializeToString())
         echo = subprocess.Popen([sys.executable, "-c", _ECHO, str(size)], stdout=subprocess.PIPE, text=True)
         assert echo.stdout is not None

@@ -87,10 +87,10 @@ class Segment:
         for name in _FILES:
             file = folder / name
             found = sha256_file(file) if file.is_file() else "nothing"
-            if found != self.manifest.sha256.get(name):
+            expected = self.manifest.sha256.get(name, "nothing")
+            if found != expected:
                 raise RefusalError(
-                    f"{file} has checksum {found[:12]}…, segment.json says {self.manifest.sha256.get(name, 'nothing')[:12]}…: "
-                    f"the file was damaged; {again}"
+                    f"{file} has checksum {found[:12]}…, segment.json says {expected[:12]}…: the file was damaged; {again}"
                 )
         self.folder = folder
         self.vectors: Embeddings = np.load(folder / "vectors.npy", mmap_mode="r")
@@ -134,7 +134,8 @@ def write_segment(folder: Path, rows: Sequence[StoredRow], vectors: Embeddings, 
     try:
         temporary.mkdir()
         np.save(temporary / "vectors.npy", vectors)
-        columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _SCHEMA, strict=True)]
+        by_column = zip(zip(*rows, strict=True), _SCHEMA, strict=True)
+        columns = [pa.array(column, field.type) for column, field in by_column]
         with pa.OSFile(str(temporary / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
         index, info = build_index(vectors)

@@ -80,6 +80,14 @@ def test_flags_come_before_environment_before_file(tmp_path: Path) -> None:
     file.write_text("bundel: typo\n")
     done = command("serve", "--bundle", "b", **env)
     assert done.returncode == 2 and "bundel" in done.stderr
+    for text in ("a: [1\n", "- a\n- b\n", "just text\n"):
+        file.write_text(text)
+        done = command("serve", "--bundle", "b", **env)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "is not a YAML file" in done.stderr, text
+    done = command("serve", "--bundle", "b", LIKEWISE_MAX_BACTH="3")
+    assert done.returncode == 2 and "LIKEWISE_MAX_BACTH is no setting" in done.stderr
+    assert "closest: LIKEWISE_MAX_BATCH" in done.stderr
+    assert "unset it" not in command("serve", "--bundle", "b", LIKEWISE_STEPS="3").stderr  # another command's
     done = command("serve", "--bundle", "b", LIKEWISE_CONFIG_FILE=str(tmp_path / "none.yaml"))
     assert done.returncode == 2 and "is not a file" in done.stderr
 

@@ -56,6 +56,11 @@ def test_bad_files_are_listed_and_skipped(bundle: Path, tmp_path: Path, capfd: p
     write_shapes(folder, 16)
     (folder / "sub dir").mkdir()
     (folder / "sub dir" / "größe.jpg").write_bytes(encode(noise(40, 30)))
+    (folder / "[").mkdir()
+    (folder / "[" / "b] [old].png").write_bytes(encode(noise(40, 30), "PNG"))
+    (folder / "[" / "b] [cut].png").write_bytes(encode(noise(40, 30), "PNG")[:99])
+    (folder / os.fsdecode(b"not utf-8 \xff.png")).write_bytes(encode(noise(20, 20), "PNG"))
+    (folder / "tab\tline\n.png").write_bytes(b"")
     (folder / "text.jpg").write_text("hello")
     (folder / "empty.png").write_bytes(b"")
     (folder / "cut.jpg").write_bytes(encode(noise(64, 64))[:500])
@@ -65,9 +70,12 @@ def test_bad_files_are_listed_and_skipped(bundle: Path, tmp_path: Path, capfd: p
     )
     out = tmp_path / "mixed"
     assert main(command(bundle, folder, out)) == 0
-    assert len(contents(out)) == 18 and "sub dir/größe.jpg" in contents(out)
+    assert (
+        len(contents(out)) == 20
+        and {"sub dir/größe.jpg", "[/b] [old].png", "not utf-8 \ufffd.png"} <= contents(out).keys()
+    )
     listed = dict(line.split("\t") for line in (out / "unreadable.tsv").read_text().splitlines())
-    assert listed.keys() == {"text.jpg", "empty.png", "cut.jpg", "dot.png"}
+    assert listed.keys() == {"text.jpg", "empty.png", "cut.jpg", "dot.png", "[/b] [cut].png", "tab\ufffdline\ufffd.png"}
     assert "0 bytes" in listed["empty.png"] and "1×1" in listed["dot.png"] and "damaged" in listed["cut.jpg"]
     said = capfd.readouterr().err
     assert "skipped text.jpg: the bytes are not a picture" in said and "1 pictures are animated" in said
@@ -129,7 +137,14 @@ def test_a_shard_that_was_damaged_is_made_again(bundle: Path, tmp_path: Path, mo
     images = write_shapes(tmp_path / "some", 32)
     monkeypatch.setattr(service.build, "SHARD", 16)
     assert main(command(bundle, images, tmp_path / "whole")) == 0
-    monkeypatch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = shutil.rmtree
+
+    def interrupted(path: Path, **options: bool) -> None:
+        if Path(path).name == "building":
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
     assert main(command(bundle, images, tmp_path / "c")) == 130  # stopped after the commit, before the clean-up
     monkeypatch.undo()
     assert main(command(bundle, images, tmp_path / "c")) == 0
@@ -172,3 +187,11 @@ def test_refusals(
     assert f"process {os.getpid()} on" in refused(*command(bundle, pictures, tmp_path / "c"))
     holder.close()
     assert len(contents(tmp_path / "c")) == 64
+
+
+def test_paths_that_cannot_be_written_get_a_sentence(
+    bundle: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "Not a directory" in refused(*command(bundle, pictures, tmp_path / "file" / "c"))
+    assert "is a file" in refused(*command(bundle, pictures, tmp_path / "file"))

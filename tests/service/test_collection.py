@@ -18,9 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from export.bundle import RefusalError
 from service.collection import Collection
-from service.errors import InvalidArgumentError, NotFoundError
+from service.errors import DiskFullError, InvalidArgumentError, NotFoundError
 from service.index import build_index, search_index
 from service.records import NewRow
+from service.segment import Segment
 
 DIM = 8
 
@@ -204,8 +205,8 @@ def test_acknowledged_writes_survive_sigkill(tmp_path: Path) -> None:
             for i in (0, acknowledged[0], acknowledged[-1]):
                 v = np.random.default_rng(i).normal(size=(1, 8)).astype(np.float32)
                 assert with_all.search(v, 1)[0][0].row.key == f"k{i:06d}"
-            known = {f"{n:04d}" for n in with_all._records.segments()}
-            assert {p.name for p in (folder / "segments").glob("*")} <= known | {"segments"}
+            (hits,) = with_all.search(unit(1), len(with_all))
+            assert len({h.row.key for h in hits}) == len(hits) == len(with_all)  # nothing half-moved, nothing twice
         finally:
             with_all.close()
 
@@ -285,10 +286,10 @@ def test_writes_during_a_flush_are_kept(collection: Collection, monkeypatch: pyt
     collection.upsert(rows("a", "b", "c"), unit(3))
     real = module.write_segment
 
-    def slow(*arguments: object) -> None:
+    def slow(*arguments: object) -> Segment:
         collection.delete(["a"])  # while the segment is being written
         collection.upsert(rows("b", "d"), unit(2, 9))
-        real(*arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(module, "write_segment", slow)
     collection.flush()
@@ -317,9 +318,123 @@ def test_dead_rows_never_come_back_from_any_index(exact_up_to: int) -> None:
     assert (everything[:, 0] == np.arange(2000)).mean() > 0.95
 
 
-def test_an_older_sqlite_is_not_silently_accepted(collection: Collection) -> None:
-    # STRICT tables need SQLite 3.37; RETURNING needs 3.35.
-    assert sqlite3.sqlite_version_info >= (3, 37)
+@pytest.mark.parametrize("live", [2000, 300, 12, 3])
+@pytest.mark.parametrize("k", [1, 10, 500, 1000])
+def test_inverted_lists_return_as_many_rows_as_there_are(live: int, k: int) -> None:
+    vectors = unit(2000, 3, 16)
+    index, info = build_index(vectors, 100)
+    flags = np.zeros(2000, np.uint8)
+    flags[np.random.default_rng(0).choice(2000, live, replace=False)] = 1
+    bitmap = np.packbits(flags, bitorder="little")
+    _, found = search_index(index, unit(5, 9, 16), k, info.nprobe, bitmap, live)
+    assert ((found >= 0).sum(axis=1) == min(k, live)).all()
+    assert flags[found[found >= 0]].all()
+
+
+def test_missing_records_are_refused_and_the_segments_stay(collection: Collection) -> None:
+    collection.add_segment(rows("a", "b"), unit(2))
+    collection.close()
+    for file in collection.folder.glob("records.sqlite*"):
+        file.unlink()
+    with pytest.raises(RefusalError, match=r"records\.sqlite is missing"):
+        Collection(collection.folder)
+    assert (collection.folder / "segments" / "0001" / "vectors.npy").is_file()
+
+
+def test_records_and_segments_must_agree(collection: Collection) -> None:
+    collection.add_segment(rows("a", "b"), unit(2))
+    collection.close()
+    with sqlite3.connect(collection.folder / "records.sqlite") as db:
+        db.execute("UPDATE items SET key = 'x' WHERE key = 'a'")  # as a flipped byte would
+    db.close()
+    with pytest.raises(RefusalError, match="disagree about the rows"):
+        Collection(collection.folder)
+
+
+def test_a_changed_manifest_is_found(collection: Collection) -> None:
+    collection.close()
+    path = collection.folder / "collection.json"
+    path.write_text(path.read_text().replace('"dim": 8', '"dim": 9'))
+    with pytest.raises(RefusalError, match="does not match its own checksum"):
+        Collection(collection.folder)
+
+
+def test_an_interrupted_creation_can_be_repeated(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    for name in (".collection.json.tmp", "records.sqlite-wal", "lock"):
+        (folder / name).touch()
+    Collection.create(folder, "lw1-x", DIM).close()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").touch()
+    with pytest.raises(RefusalError, match="exists and is not a collection"):
+        Collection.create(tmp_path / "mine", "lw1-x", DIM)
+
+
+def test_a_failed_flush_changes_nothing_and_leaves_nothing(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import service.segment as module
+
+    collection.upsert(rows("a", "b"), unit(2))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_index", full)
+    with pytest.raises(OSError, match="No space left"):
+        collection.flush()
+    monkeypatch.undo()
+    assert list((collection.folder / "segments").iterdir()) == []
+    assert collection.fresh_count == 2 and np.array_equal(collection.get("a").vector, unit(2)[0])
+    collection.flush()
+    assert collection.fresh_count == 0 and [h.row.key for h in collection.search(unit(1), 5)[0]] == ["a", "b"]
+
+
+def test_a_full_disk_refuses_the_write_and_keeps_the_rest(collection: Collection) -> None:
+    collection.upsert(rows("a"), unit(1))
+    db = collection._records._db
+    pages = db.execute("PRAGMA page_count").fetchone()[0]
+    db.execute(f"PRAGMA max_page_count = {pages + 2}")  # SQLite's own way to run out of space
+    with pytest.raises(DiskFullError, match="nothing of this write was stored"):
+        collection.upsert(rows(*(f"k{i}" for i in range(500))), unit(500))
+    assert len(collection) == 1 and [h.row.key for h in collection.search(unit(1), 5)[0]] == ["a"]
+    db.execute("PRAGMA max_page_count = 1000000")
+    collection.upsert(rows(*(f"k{i}" for i in range(500))), unit(500))
+    assert len(collection) == 501
+
+
+def test_a_segment_is_synced_before_it_is_committed(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order that power loss needs: every file, its folder, the rename, the parent folder; the commit last."""
+    import os
+
+    import export.bundle as bundle
+
+    events: list[tuple[str, str]] = []
+    real_fsync, real_replace = os.fsync, Path.replace
+
+    def fsync(fd: int) -> None:
+        events.append(("fsync", str(Path(f"/proc/self/fd/{fd}").readlink())))
+        real_fsync(fd)
+
+    def rename(self: Path, target: Path) -> Path:
+        events.append(("rename", str(target)))
+        return real_replace(self, target)
+
+    monkeypatch.setattr(bundle.os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", rename)
+    collection._records._db.set_trace_callback(lambda text: events.append(("sql", text)))
+    collection.add_segment(rows("a", "b"), unit(2))
+    root = str(collection.folder / "segments")
+    renamed = events.index(("rename", f"{root}/0001"))
+    synced = [path for kind, path in events[:renamed] if kind == "fsync"]
+    for name in ("vectors.npy", "rows.arrow", "index.faiss", "segment.json"):
+        assert f"{root}/.0001.tmp/{name}" in synced
+    assert f"{root}/.0001.tmp" in synced and str(collection.folder) in synced  # the folder `segments` is new
+    assert ("fsync", root) in events[renamed:]
+    adopted = next(i for i, (kind, text) in enumerate(events) if kind == "sql" and "INSERT INTO segments" in text)
+    assert adopted > events.index(("fsync", root), renamed)
+    assert ("sql", "COMMIT") in events[adopted:]
 
 
 def test_a_closed_collection_refuses_and_loses_nothing(collection: Collection) -> None:

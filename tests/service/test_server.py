@@ -24,13 +24,16 @@ import pytest
 from PIL import Image
 
 from likewise import main
+from service.batching import Batcher
 from service.client import CallError, Client, NewItem
 from service.collection import Collection
 from service.config import Serve
-from service.errors import InternalError
+from service.errors import ExpiredError, InternalError
+from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.server import SERVICES, Server
+from service.sheet import picture_of
 from tests.conftest import encode, noise
 
 
@@ -207,7 +210,8 @@ def test_listing_pages(client: Client, running: Running) -> None:
 
 def test_replies_carry_space_and_timings(running: Running) -> None:
     with grpc.insecure_channel(running.address) as channel:
-        request = pb.SearchRequest(collection="shapes", image=pb.Image(content=encode(noise(40, 30))))
+        query = pb.Query(image=pb.Image(content=encode(noise(40, 30))))
+        request = pb.SearchRequest(collection="shapes", query=query)
         reply = pb_grpc.SearchServiceStub(channel).Search(request)
     assert reply.space_id.startswith("lw1-") and len(reply.neighbors) == 10
     times = [getattr(reply.timings, name).ToNanoseconds() for name in ("decode", "infer", "search", "total")]
@@ -238,13 +242,14 @@ def test_reflection_clients_list_our_services_and_search(running: Running, pictu
     picture = (pictures / "ring/00005.png").read_bytes()
     reflected = ReflectionClient.get_by_endpoint(running.address)
     assert set(SERVICES) | {"grpc.health.v1.Health"} <= set(reflected.service_names)
-    request = {"collection": "shapes", "image": {"content": base64.b64encode(picture).decode()}, "top_k": 3}
+    query = {"image": {"content": base64.b64encode(picture).decode()}}
+    request = {"collection": "shapes", "query": query, "top_k": 3}
     reply = reflected.request("likewise.v1.SearchService", "Search", request)
-    assert [n["key"] for n in reply["neighbors"]][:1] == ["ring/00005.png"] and len(reply["neighbors"]) == 3
+    assert [n["item"]["key"] for n in reply["neighbors"]][:1] == ["ring/00005.png"] and len(reply["neighbors"]) == 3
     # A second one, in Go: buf.
     buf = [str(Path(sys.executable).parent / "buf"), "curl", "--http2-prior-knowledge", "--protocol", "grpc"]
     address = f"http://{running.address}/likewise.v1.SearchService/Search"
-    body = json.dumps({"collection": "shapes", "key": "ring/00005.png", "topK": 2})
+    body = json.dumps({"collection": "shapes", "query": {"key": "ring/00005.png"}, "topK": 2})
     done = subprocess.run([*buf, "-d", body, address], capture_output=True, text=True, check=True, timeout=30)
     assert len(json.loads(done.stdout)["neighbors"]) == 2
 
@@ -258,9 +263,10 @@ def test_stubs_made_from_reflection_alone_work(running: Running, pictures: Path)
         stub = reflector.service_stub_class("likewise.v1.SearchService")(channel)
         request_class = reflector.message_class("likewise.v1.SearchRequest")
         image_class = reflector.message_class("likewise.v1.Image")
-        picture = image_class(content=(pictures / "ring/00005.png").read_bytes())
-        reply = stub.Search(request_class(collection="shapes", image=picture, top_k=3))
-        assert reply.neighbors[0].key == "ring/00005.png" and len(reply.neighbors) == 3
+        query_class = reflector.message_class("likewise.v1.Query")
+        query = query_class(image=image_class(content=(pictures / "ring/00005.png").read_bytes()))
+        reply = stub.Search(request_class(collection="shapes", query=query, top_k=3))
+        assert reply.neighbors[0].item.key == "ring/00005.png" and len(reply.neighbors) == 3
 
 
 def test_pictures_of_many_requests_share_batches(running: Running, client: Client) -> None:
@@ -325,9 +331,16 @@ def test_readiness_follows_the_canary(running: Running, client: Client) -> None:
     wait_until(False)
     batcher._run = real
     wait_until(True)
+    collection = running.server.engine.store.get("shapes")
+    search = collection.search
+    for bad in (lambda *_: [[]], lambda *_: [][0]):  # a query without its answer, and one that fails
+        collection.search = bad
+        wait_until(False)
+        collection.search = search
+        wait_until(True)
 
 
-def test_work_past_its_deadline_is_not_computed(running: Running) -> None:
+def test_a_deadline_over_the_wire_frees_the_encoder(running: Running) -> None:
     batcher = running.server.engine.batcher
     real, computed = batcher._run, []
 
@@ -350,6 +363,80 @@ def test_work_past_its_deadline_is_not_computed(running: Running) -> None:
         assert len(first.result()) == 1
         time.sleep(0.6)
     assert 7 not in computed and 8 not in computed
+
+
+def test_expired_and_cancelled_work_is_not_computed() -> None:
+    computed: list[int] = []
+
+    def run(images: np.ndarray) -> np.ndarray:
+        time.sleep(0.2)
+        computed.append(len(images))
+        return np.zeros((len(images), 4), np.float32)
+
+    async def scenario() -> None:
+        batcher = Batcher(run, max_batch=8, max_wait=0.0, queue_limit=8, metrics=Metrics())
+        batcher.start()
+        pixels = np.zeros((2, 2, 3), np.uint8)
+        first = asyncio.create_task(batcher.embed(pixels, None))
+        await asyncio.sleep(0.05)  # it is being computed; these wait
+        late = asyncio.create_task(batcher.embed(pixels, time.monotonic() + 0.05))
+        gone = asyncio.create_task(batcher.embed(pixels, None))
+        kept = asyncio.create_task(batcher.embed(pixels, None))
+        await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(ExpiredError, match="in the queue"):
+            await late
+        await asyncio.gather(first, kept)
+        await batcher.stop()
+
+    asyncio.run(scenario())
+    assert computed == [1, 1]
+
+
+def test_deleting_under_load_refuses_cleanly(running: Running, client: Client) -> None:
+    """Create, write, search, list and delete one collection from many threads: only NOT_FOUND and its kin come back."""
+    accepted = {"COLLECTION_NOT_FOUND", "COLLECTION_EXISTS"}
+    problems: list[str] = []
+    vector = np.eye(64)[0]
+    stop = time.monotonic() + 1.5
+
+    def hammer(call: Callable[[], object]) -> None:
+        while time.monotonic() < stop:
+            try:
+                call()
+            except CallError as e:
+                if e.reason not in accepted:
+                    problems.append(f"{e.code} {e.reason} {e}")
+
+    calls = [
+        lambda: client.create_collection("busy"),
+        lambda: client.delete_collection("busy"),
+        lambda: client.upsert("busy", [NewItem("a", vector=vector)]),
+        lambda: client.search("busy", vector=vector),
+        client.collections,
+    ]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(hammer, calls))
+    assert problems == [] and client.ready()
+    assert client.collection("shapes").item_count == 64
+
+
+def test_payloads_that_cannot_be_stored_fail_alone(client: Client) -> None:
+    vector = np.eye(64)[0]
+    items = [NewItem("good", vector=vector), NewItem("bad", vector=vector, payload={"x": float("nan")})]
+    results = client.upsert("shapes", items)
+    assert isinstance(results[0], int) and isinstance(results[1], CallError) and results[1].reason == "BAD_PAYLOAD"
+    nested = {"tags": ["a", {"b": None}], "n": 2.5, "yes": True}
+    client.upsert("shapes", [NewItem("nested", vector=vector, payload=nested)])
+    assert client.get("shapes", "nested").payload == nested
+    for call in (
+        lambda: client.upsert("shapes", [NewItem("x", vector=vector, payload={"x": object()})]),
+        lambda: client.search("shapes", vector=vector, top_k=2**40),
+        lambda: client.search("shapes", vector=vector, key="nested"),
+    ):
+        assert refusal(call).code == "INVALID_ARGUMENT"
+    assert refusal(lambda: client.search("shapes", vector=vector, min_score=float("nan"))).reason == "BAD_MIN_SCORE"
+    assert refusal(lambda: client.search("shapes", vector=vector, top_k=0)).reason == "BAD_TOP_K"
 
 
 def test_metrics_pass_promtool(bundle: Path, indexed: Path, tmp_path: Path) -> None:
@@ -498,6 +585,13 @@ def test_query_prints_a_table_and_draws_a_sheet(
     assert "text.jpg: the bytes are not a picture" in refused("query", tmp_path / "text.jpg", *flags)
     assert "cannot be read" in refused("query", tmp_path / "none.jpg", *flags)
     assert "no collection 'zoo'" in refused("query", picture, *flags, "--collection", "zoo")
+    for uri in ("file:///%00", "file://[", "file:///dev/zero", "https://example.org/a.jpg", "file:///nowhere.jpg"):
+        assert picture_of(uri, "../../etc/passwd", tmp_path) is None
+    assert picture_of("", "star/00003.png", pictures) == picture.read_bytes()
+    with Client(running.address) as client:  # markup, control characters
+        client.upsert("shapes", [NewItem("x [/b] y \x1b[31m", vector=client.get("shapes", "star/00003.png").vector)])
+    assert main(["query", str(picture), *flags]) == 0
+    assert "x [/b] y \ufffd[31m" in capfd.readouterr().out
     assert "ending in .png or .jpg" in refused("query", picture, *flags, "--out", tmp_path / "sheet.xyz")
     nobody = f"127.0.0.1:{free_port()}"
     assert "start one with `likewise serve`" in refused("query", picture, "--server", nobody)
