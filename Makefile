@@ -16,7 +16,7 @@ help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: pyproject.toml runs/setup.sh
-	@bash runs/setup.sh "$(PYTHON)" "$(VENV)" "$(RUNTIME),train,export,serve,dev" 7
+	@bash runs/setup.sh "$(PYTHON)" "$(VENV)" "$(RUNTIME),train,export,serve,dev,demo" 7
 	@touch $@
 
 setup: $(VENV)/.ready ## Create the environment in .venv with everything (says how much it downloads first)
