@@ -42,9 +42,9 @@ class Train(BaseModel):
     """Side of a patch, in pixels."""
     fit: Literal["crop", "pad"] = "crop"
     """How whole pictures become squares at inference: crop the centre, or pad to the longer side."""
-    views: Literal["photographs", "orientation-free"] = "photographs"
-    """photographs: flips, colour jitter, grey, blur. orientation-free: adds free rotation and colour mixing
-    (microscopy, aerial pictures, parts, drawn shapes)."""
+    views: Literal["photographs", "products", "orientation-free"] = "photographs"
+    """photographs: flips, colour jitter, grey, blur. products: colours are kept. orientation-free: adds free rotation
+    and colour mixing (microscopy, aerial pictures, parts, drawn shapes)."""
     batch_size: int | None = Field(None, ge=2)
     """Pictures per step."""
     local_crops: int | None = Field(None, ge=0)
@@ -116,7 +116,7 @@ class Recipe(BaseModel):
     """Side at which pictures are kept for cropping."""
     fit: Literal["crop", "pad"]
     """See `Train`."""
-    views: Literal["photographs", "orientation-free"]
+    views: Literal["photographs", "products", "orientation-free"]
     """See `Train`."""
     global_scale: tuple[float, float]
     """Area of a global crop, as a share of the picture."""

@@ -8,13 +8,13 @@ a step's views depend on its seed alone.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ViewPreset = Literal["photographs", "orientation-free"]
+ViewPreset = Literal["photographs", "products", "orientation-free"]
 ViewKind = Literal["first", "second", "local"]
 
 # Probability of blur and of solarisation per kind of view (DINO's recipe, spec/sop.md 1.8).
@@ -22,11 +22,35 @@ _BLUR = {"first": 1.0, "second": 0.1, "local": 0.5}
 _SOLARIZE = {"first": 0.0, "second": 0.2, "local": 0.0}
 
 
+class _Colour(NamedTuple):
+    """How far a preset changes colours; the first row is DINO's recipe."""
+
+    light: float
+    """Brightness and contrast, ± this share."""
+    saturation: float
+    """± this share."""
+    hue: float
+    """± this share of the colour circle."""
+    grey: float
+    """Probability of losing all colour."""
+    solarize: bool
+    """Whether `_SOLARIZE` applies."""
+
+
+_COLOURS: dict[str, _Colour] = {
+    "photographs": _Colour(0.4, 0.2, 0.1, 0.2, True),
+    # Colour tells products apart: views must agree on it.
+    "products": _Colour(0.2, 0.1, 0.0, 0.0, False),
+    "orientation-free": _Colour(0.4, 0.2, 0.1, 0.2, True),
+}
+
+
 class Views:
     """Draws views of one size; `mean` and `std` normalise RGB in 0…1."""
 
     def __init__(self, preset: ViewPreset, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.preset = preset
+        self._change = _COLOURS[preset]
         self.mean, self.std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
 
     def __call__(
@@ -40,7 +64,7 @@ class Views:
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         x = self._colour(x, generator)
         x = _blur(x, _BLUR[kind], generator)
-        if _SOLARIZE[kind]:
+        if self._change.solarize and _SOLARIZE[kind]:
             hit = (torch.rand(count, generator=generator) < _SOLARIZE[kind]).to(x.device).view(-1, 1, 1, 1)
             x = torch.where(hit & (x >= 0.5), 1.0 - x, x)
         return (x - self.mean.to(x.device)) / self.std.to(x.device)
@@ -67,15 +91,16 @@ class Views:
 
     def _colour(self, x: Tensor, generator: torch.Generator) -> Tensor:
         count = len(x)
-        matrix = _jitter(count, generator)
+        change = self._change
+        matrix = _jitter(count, change, generator)
         if self.preset == "orientation-free":
             # Any mixture of the channels: colour must not identify a picture.
             mix = torch.rand(count, 3, 3, generator=generator) * 2 - 0.5
             mix = mix / mix.sum(2, keepdim=True).clamp(min=0.5)
             use = (torch.rand(count, generator=generator) < 0.8).view(-1, 1, 1)
             matrix = torch.where(use, mix @ matrix, matrix)
-        contrast = 0.6 + 0.8 * torch.rand(count, generator=generator)
-        brightness = 0.6 + 0.8 * torch.rand(count, generator=generator)
+        contrast = 1 + change.light * (2 * torch.rand(count, generator=generator) - 1)
+        brightness = 1 + change.light * (2 * torch.rand(count, generator=generator) - 1)
         jitter = (torch.rand(count, generator=generator) < 0.8).float()
         contrast = (1 + jitter * (contrast - 1)).view(-1, 1, 1, 1).to(x.device)
         brightness = (1 + jitter * (brightness - 1)).view(-1, 1, 1, 1).to(x.device)
@@ -88,12 +113,12 @@ _GREY = torch.tensor([0.299, 0.587, 0.114])
 _TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 
 
-def _jitter(count: int, generator: torch.Generator) -> Tensor:
-    """Saturation ±0.2 and hue ±0.1 turn with probability 0.8, grey with 0.2, as matrices [B, 3, 3] on RGB."""
+def _jitter(count: int, change: _Colour, generator: torch.Generator) -> Tensor:
+    """Saturation and hue with probability 0.8, and grey, as matrices [B, 3, 3] on RGB."""
     r = torch.rand(4, count, generator=generator)
     grey = _GREY.expand(3, 3)
-    saturation = (0.8 + 0.4 * r[0]).view(-1, 1, 1)
-    turn = 2 * math.pi * (0.2 * r[1] - 0.1)
+    saturation = (1 + change.saturation * (2 * r[0] - 1)).view(-1, 1, 1)
+    turn = 2 * math.pi * change.hue * (2 * r[1] - 1)
     rotation = torch.zeros(count, 3, 3)
     rotation[:, 0, 0] = 1.0
     rotation[:, 1, 1] = rotation[:, 2, 2] = turn.cos()
@@ -101,7 +126,7 @@ def _jitter(count: int, generator: torch.Generator) -> Tensor:
     hue = _TO_YIQ.inverse() @ rotation @ _TO_YIQ
     matrix = hue @ (saturation * torch.eye(3) + (1 - saturation) * grey)
     matrix = torch.where((r[2] < 0.8).view(-1, 1, 1), matrix, torch.eye(3))
-    return torch.where((r[3] < 0.2).view(-1, 1, 1), grey, matrix)
+    return torch.where((r[3] < change.grey).view(-1, 1, 1), grey, matrix)
 
 
 def _blur(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,7 @@ from training.views import Views
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-@pytest.mark.parametrize("preset", ["photographs", "orientation-free"])
+@pytest.mark.parametrize("preset", ["photographs", "products", "orientation-free"])
 @pytest.mark.parametrize("kind", ["first", "second", "local"])
 def test_views_differ_per_sample_and_repeat_per_seed(preset: str, kind: str) -> None:
     pictures = torch.randint(0, 256, (1, 48, 48, 3), dtype=torch.uint8).expand(6, -1, -1, -1)
@@ -40,6 +40,14 @@ def test_a_whole_view_without_colour_is_the_picture() -> None:
     assert theta[:, 0, 1].abs().max() == 0  # no rotation
     turned = Views("orientation-free", MEAN, STD)._geometry(50, (1.0, 1.0), torch.Generator().manual_seed(0))
     assert turned[:, 0, 1].abs().max() > 0.5
+
+
+def test_product_views_keep_the_colour() -> None:
+    red = torch.tensor([200, 40, 40], dtype=torch.uint8).expand(64, 48, 48, 3)
+    for preset, keeps in (("products", True), ("photographs", False)):
+        seen = Views(preset, (0.0,) * 3, (1.0,) * 3)(red, 16, (0.5, 1.0), "first", torch.Generator().manual_seed(0))
+        r, g, b = seen.mean((2, 3)).T
+        assert bool(((r > g + 0.2) & ((g - b).abs() < 0.02)).all()) is keeps
 
 
 def test_cache_keeps_whole_shards_and_makes_the_rest(tmp_path: Path) -> None:
