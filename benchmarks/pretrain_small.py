@@ -1,6 +1,6 @@
 """SOP on a small CPU, in at most 15 minutes: does it learn, and does it stay clear of collapse?
 
-    python -m benchmarks.pretrain_small --out FOLDER --train PICTURES --test PICTURES [--steps 900] [--seed 0]
+    python -m benchmarks.pretrain_small --out FOLDER --train PICTURES --test PICTURES [--steps 700] [--seed 0]
     python -m benchmarks.pretrain_small --out FOLDER [--quick]        drawn shapes, no pictures needed
 
 The folders hold class folders; their names are used for measuring only. Teacher features of whole pictures, weighted
@@ -32,7 +32,7 @@ from training.monitor import effective_rank, mean_cosine
 from training.views import Views
 
 SHAPES_RECIPE = {"encoder": "vit_nano", "patch_size": 4, "image_size": 32, "views": "orientation-free"}
-PICTURES_RECIPE = {"encoder": "vit_micro", "patch_size": 8, "image_size": 48, "views": "photographs"}
+PICTURES_RECIPE = {"encoder": "vit_micro", "patch_size": 8, "image_size": 32, "views": "products"}
 
 
 def pictures(folder: Path, run: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", type=Path, help="class folders; drawn shapes where absent")
     parser.add_argument("--test", type=Path, help="class folders")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other fields of Train, for trials")
