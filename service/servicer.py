@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import sys
@@ -417,6 +418,7 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
+@functools.lru_cache(4096)  # the same few payloads come back again and again; a message copies what it is given
 def _struct(payload: str) -> Struct:
     struct = Struct()
     struct.update(json.loads(payload))
