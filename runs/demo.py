@@ -44,9 +44,12 @@ def main() -> int:
 
     if args.images:
         pictures = args.images.expanduser().resolve()
-        # One workplace per folder: the demo of another one must not be taken for this one.
-        place = args.out / f"own-{sha256_json(str(pictures))[:8]}"
-        queries = _own_queries(pictures, place)
+        if not pictures.is_dir():
+            sys.exit(f"likewise: {pictures} is not a folder: pass IMAGES=FOLDER with your pictures")
+        found = find_pictures(pictures)
+        # One workplace per set of pictures: what was trained on others must not be taken for theirs.
+        place = args.out / f"own-{sha256_json([str(pictures), [(p.key, p.size) for p in found]])[:8]}"
+        queries = _own_queries(found, place)
     else:
         place = args.out / "photographs"
         pictures, queries = _photographs(place)
@@ -90,10 +93,7 @@ class Query:
         self.path, self.scene, self.leave_out = path, scene, leave_out
 
 
-def _own_queries(folder: Path, place: Path) -> list[Query]:
-    if not folder.is_dir():
-        sys.exit(f"likewise: {folder} is not a folder: pass IMAGES=FOLDER with your pictures")
-    found = find_pictures(folder)
+def _own_queries(found: list[PictureFile], place: Path) -> list[Query]:
     place.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     labels = [p.folder for p in found]

@@ -363,7 +363,12 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
 
     def save(self, step: int) -> None:
-        """Write checkpoint, encoder and run.json, each atomically."""
+        """Write checkpoint, encoder and run.json, each atomically. Raises `RefusalError` rather than keep broken weights."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.student.parameters()):
+            raise RefusalError(
+                f"the weights are not finite at step {step}; the last checkpoint is intact: lower --lr, or use "
+                "--precision float32, with another --out"
+            )
         save_checkpoint(self.run, self.identity(), step, self.state())
         encoder = {name: value.detach().cpu().contiguous() for name, value in self.teacher.vit.state_dict().items()}
         write_file(self.run / "encoder.safetensors", save_safetensors(encoder))
