@@ -83,7 +83,7 @@ def test_bad_files_are_listed_and_skipped(bundle: Path, tmp_path: Path, capfd: p
 
 @pytest.mark.parametrize("seed", [0])
 def test_three_sigkills_end_with_the_same_collection(bundle: Path, tmp_path: Path, seed: int) -> None:
-    images = write_shapes(tmp_path / "many", 300)
+    images = write_shapes(tmp_path / "many", 600)
     program = (
         "import sys, service.build; service.build.SHARD = 20; from likewise import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -102,7 +102,7 @@ def test_three_sigkills_end_with_the_same_collection(bundle: Path, tmp_path: Pat
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
             if len(list((killed / "building").glob("*.json"))) > shards:
-                time.sleep(rng.uniform(0, 0.05))
+                time.sleep(rng.uniform(0, 0.02))
                 break
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
