@@ -127,6 +127,7 @@ class Collection:
             self._remove_orphans()
             self._view = self._load()
             self._count = self._records.count()
+            self._sequence = self._records.counter("sequence")
         except BaseException:
             self._lock_file.close()
             raise
@@ -167,8 +168,7 @@ class Collection:
     @property
     def sequence(self) -> int:
         """Sequence number of the last write."""
-        with self._open():
-            return self._records.counter("sequence")
+        return self._sequence
 
     @property
     def fresh_count(self) -> int:
@@ -255,6 +255,7 @@ class Collection:
                 i: StoredRow(ids[i], rows[i].key, rows[i].payload, rows[i].source_uri, sequences[i])
                 for i in sorted(last.values())
             }
+            self._sequence = sequences[-1]
             dead = {record.row.id: record.segment for record in replaced if record is not None}
             self._publish_writes(dead, list(stored.values()), vectors[list(stored)], [rows[i].origin for i in stored])
         return list(sequences)
@@ -271,6 +272,8 @@ class Collection:
                     else:
                         self._records.bury(key, self._records.take("sequence"))
                         dead[record.row.id] = record.segment
+                last = self._records.counter("sequence")
+            self._sequence = last
             self._publish_writes(dead, [], np.zeros((0, self.dim), np.float32), [])
         return missing
 
@@ -295,6 +298,7 @@ class Collection:
                 self._records.insert(rows, ids, sequences, number, None)
                 self._records.adopt(number)
             # From here on nothing can fail: memory follows the disk.
+            self._sequence = sequences[-1]
             self._publish_writes({r.row.id: r.segment for r in replaced}, [], np.zeros((0, self.dim), np.float32), [])
             self._view = replace(self._view, parts=(*self._view.parts, _Part(number, segment)))
             self._count += len(rows)

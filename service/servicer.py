@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 import numpy as np
@@ -234,7 +234,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
     async def GetCollection(self, request: pb.GetCollectionRequest, context: Context) -> pb.GetCollectionResponse:  # noqa: N802
         """See the proto."""
         collection = self._engine.store.get(request.name)
-        return pb.GetCollectionResponse(collection=await self._engine.read(_collection, collection))
+        return pb.GetCollectionResponse(collection=_collection(collection))
 
     async def ListCollections(self, request: pb.ListCollectionsRequest, context: Context) -> pb.ListCollectionsResponse:  # noqa: N802  # fmt: skip
         """See the proto."""
@@ -243,7 +243,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
             raise InvalidArgumentError(f"page_size is {size}, 1 to 1000 are allowed", field="page_size")
         rest = [c for c in self._engine.store.all() if c.name > request.page_token]
         token = rest[size - 1].name if len(rest) > size else ""
-        page = await self._engine.read(lambda: [_collection(c) for c in rest[:size]])
+        page = [_collection(c) for c in rest[:size]]
         return pb.ListCollectionsResponse(collections=page, next_page_token=token)
 
     async def DeleteCollection(self, request: pb.DeleteCollectionRequest, context: Context) -> pb.DeleteCollectionResponse:  # noqa: N802  # fmt: skip
@@ -257,13 +257,11 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         engine = self._engine
         collection = engine.store.get(request.collection)
         _count(len(request.items), MAX_ITEMS, "items")
-        outcomes: list[Embeddings | ServiceError] = [
-            _given_vector(item, i, collection) for i, item in enumerate(request.items)
+        given = [_given(item, i, collection, engine.encoder.origin) for i, item in enumerate(request.items)]
+        outcomes: list[Embeddings | ServiceError | None] = [
+            g if isinstance(g, ServiceError) else g.vector for g in given
         ]
-        pictures = [
-            i for i, item in enumerate(request.items)
-            if item.WhichOneof("source") == "image" and not isinstance(outcomes[i], ServiceError)
-        ]  # fmt: skip
+        pictures = [i for i, outcome in enumerate(outcomes) if outcome is None]
         if pictures:
             embedded = await engine.embed(
                 [request.items[i].image.content for i in pictures],
@@ -273,23 +271,15 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
             )
             for i, row in zip(pictures, embedded, strict=True):
                 outcomes[i] = row
-        good = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, ServiceError)]
+        good = [(i, g.row, o) for i, (g, o) in enumerate(zip(given, outcomes, strict=True))
+                if not isinstance(g, ServiceError) and isinstance(o, np.ndarray)]  # fmt: skip
         results = [
             pb.UpsertResult(error=o.status()) if isinstance(o, ServiceError) else pb.UpsertResult() for o in outcomes
         ]
         if good:
-            rows = [
-                NewRow(
-                    request.items[i].key,
-                    _json(request.items[i].payload),
-                    request.items[i].source_uri,
-                    engine.encoder.origin if i in pictures else "client",
-                )
-                for i in good
-            ]
-            vectors = np.stack([o for o in outcomes if not isinstance(o, ServiceError)])
-            sequences = await engine.write(collection.upsert, rows, vectors)
-            for i, sequence in zip(good, sequences, strict=True):
+            vectors = np.stack([vector for _, _, vector in good])
+            sequences = await engine.write(collection.upsert, [row for _, row, _ in good], vectors)
+            for (i, _, _), sequence in zip(good, sequences, strict=True):
                 results[i].sequence = sequence
             engine.flush_when_due(collection)
         return pb.UpsertItemsResponse(results=results, space_id=collection.space_id, timings=clock.timings())
@@ -376,12 +366,17 @@ def _item(row: StoredRow) -> pb.Item:
     return pb.Item(key=row.key, payload=_struct(row.payload), source_uri=row.source_uri, sequence=row.sequence)
 
 
-def _given_vector(item: pb.NewItem, i: int, collection: Collection) -> Embeddings | ServiceError:
-    """The item's own vector, a placeholder where it has a picture, or why it cannot be stored."""
+class _Given(NamedTuple):
+    row: NewRow
+    vector: Embeddings | None  # None: its picture is to be embedded
+
+
+def _given(item: pb.NewItem, i: int, collection: Collection, encoder: str) -> _Given | ServiceError:
+    """What an item gives to be stored, or why it cannot be. `encoder`: the origin of vectors made from pictures."""
     try:
         check_key(item.key, f"items[{i}].key")
         try:
-            _json(item.payload)
+            payload = _json(item.payload)
         except ValueError as e:
             raise InvalidArgumentError(
                 f"the payload cannot be stored ({e}): send finite numbers", "BAD_PAYLOAD", f"items[{i}].payload"
@@ -389,11 +384,12 @@ def _given_vector(item: pb.NewItem, i: int, collection: Collection) -> Embedding
         kind = item.WhichOneof("source")
         if kind is None:
             raise InvalidArgumentError("the item has no source: set image or vector", field=f"items[{i}].source")
-        if kind == "vector":
-            return _vector(item.vector, collection, f"items[{i}].vector")
+        if kind == "image":
+            return _Given(NewRow(item.key, payload, item.source_uri, encoder), None)
+        vector = _vector(item.vector, collection, f"items[{i}].vector")
+        return _Given(NewRow(item.key, payload, item.source_uri), vector)
     except ServiceError as e:
         return e
-    return np.zeros(0, np.float32)
 
 
 def _count(found: int, limit: int, path: str) -> None:

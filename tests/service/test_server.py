@@ -405,7 +405,7 @@ def test_deleting_under_load_refuses_cleanly(running: Running, client: Client) -
             try:
                 call()
             except CallError as e:
-                if e.reason not in accepted:
+                if e.reason not in accepted or call == client.collections:  # listing never fails for another's end
                     problems.append(f"{e.code} {e.reason} {e}")
 
     calls = [
