@@ -167,12 +167,15 @@ def _explain(invalid: ValidationError, program: str) -> None:
 
 def _unknown_variable() -> str | None:
     """A sentence about a LIKEWISE_* variable that no command knows, as a typing error would be."""
+    given = sorted(name for name in os.environ if name.startswith("LIKEWISE_"))
+    if not given:  # the usual start imports no other command's settings
+        return None
     known = {"LIKEWISE_CONFIG_FILE"}
     for module_name, class_name, _, _ in COMMANDS.values():
         fields = getattr(importlib.import_module(module_name), class_name).model_fields
         known |= {f"LIKEWISE_{name.upper()}" for name in fields}
-    for name in sorted(os.environ):
-        if name.startswith("LIKEWISE_") and name.split("__")[0].upper() not in known:
+    for name in given:
+        if name.split("__")[0].upper() not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; closest: {close[0]}" if close else ""
             return f"the environment variable {name} is no setting of any command{hint}: correct or unset it"

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from export.preprocess import PreprocessSpec
+from export.preprocess import PictureFile, PreprocessSpec, find_pictures
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -284,6 +284,23 @@ def tensors_sha256(tensors: dict[str, npt.NDArray[Any]]) -> str:
 def printable(text: str) -> str:
     """Text for one line of a terminal or a list: control characters and undecodable bytes become U+FFFD."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def list_pictures(folder: Path, unreadable: list[tuple[str, str]]) -> list[PictureFile]:
+    """`find_pictures`, at least one. Raises `RefusalError`."""
+    if not folder.is_dir():
+        raise RefusalError(f"{folder} is not a folder: give the folder that holds your pictures")
+    found = find_pictures(folder, unreadable)
+    if not found:
+        raise RefusalError(
+            f"{folder} holds no pictures: expected files such as .jpg or .png there or in its subfolders"
+        )
+    return found
+
+
+def write_unreadable(path: Path, unreadable: list[tuple[str, str]]) -> None:
+    """List skipped pictures: a line each, key and reason, separated by a tab."""
+    write_file(path, "".join(f"{printable(key)}\t{printable(reason)}\n" for key, reason in unreadable))
 
 
 def make_folder(folder: Path) -> None:

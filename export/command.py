@@ -62,10 +62,11 @@ def export(asked: Export) -> Bundle:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     run = read_run(asked.run)
     if asked.out.exists():
-        if not _is_same_bundle(asked.out, run):
+        bundle = _same_bundle(asked.out, run)
+        if bundle is None:
             raise RefusalError(f"{asked.out} exists already: choose another --out, or remove it first")
         console.print(f"{asked.out} holds this run's bundle already, and its files match their checksums")
-        return Bundle.open(asked.out)
+        return bundle
     weights = asked.run / "encoder.safetensors"
     _check_weights(weights, run)
     folder = asked.images or Path(run.data.folder)
@@ -110,13 +111,13 @@ def export(asked: Export) -> Bundle:
     return Bundle(asked.out, manifest)
 
 
-def _is_same_bundle(out: Path, run: RunManifest) -> bool:
-    """Whether `out` holds a whole bundle of the same weights."""
+def _same_bundle(out: Path, run: RunManifest) -> Bundle | None:
+    """The whole bundle of the same weights that `out` holds, if it does."""
     try:
-        found = Bundle.open(out).space_id
+        found = Bundle.open(out)
     except RefusalError:
-        return False
-    return found == make_space_id(run.encoder, run.weights_sha256, run.preprocess)
+        return None
+    return found if found.space_id == make_space_id(run.encoder, run.weights_sha256, run.preprocess) else None
 
 
 def _check_weights(path: Path, run: RunManifest) -> None:

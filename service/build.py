@@ -23,13 +23,15 @@ from export.bundle import (
     Bundle,
     Embeddings,
     RefusalError,
+    list_pictures,
     printable,
     publish,
     sha256_file,
     sha256_json,
     write_file,
+    write_unreadable,
 )
-from export.preprocess import PictureFile, UnreadablePictureError, find_pictures
+from export.preprocess import PictureFile, UnreadablePictureError
 from service.collection import MAX_KEY_BYTES, Collection
 from service.config import IndexBuild
 from service.encoder import BUILD_BATCH, Decoded, Encoder
@@ -42,17 +44,11 @@ SHARD = 512
 def build(asked: IndexBuild) -> None:
     """Build or update a collection. Raises `RefusalError`."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    if not asked.images.is_dir():
-        raise RefusalError(f"{asked.images} is not a folder: give the folder that holds your pictures")
+    unlisted: list[tuple[str, str]] = []
+    found = list_pictures(asked.images, unlisted)
     if not NAME.fullmatch(asked.out.name):
         raise RefusalError(f"{asked.out.name!r} cannot be a collection's name: {NAME_RULE}; choose another --out")
     bundle = Bundle.open(asked.bundle)
-    unlisted: list[tuple[str, str]] = []
-    found = find_pictures(asked.images, unlisted)
-    if not found:
-        raise RefusalError(
-            f"{asked.images} holds no pictures: expected files such as .jpg or .png there or in its subfolders"
-        )
     if (asked.out / "collection.json").is_file():
         collection = Collection(asked.out, bundle.space_id)
     else:
@@ -95,8 +91,7 @@ def _fill(
     finally:
         encoder.close()
     unreadable = [*unlisted, *((key, reason) for note in notes for key, reason in note["unreadable"])]
-    listed = "".join(f"{printable(key)}\t{printable(reason)}\n" for key, reason in unreadable)
-    write_file(asked.out / "unreadable.tsv", listed)
+    write_unreadable(asked.out / "unreadable.tsv", unreadable)
     rows = [
         NewRow(row["key"], row["payload"], row["uri"], encoder.origin, row["size"], row["mtime_ns"])
         for note in notes

@@ -28,12 +28,14 @@ from export.bundle import (
     EncoderSpec,
     RefusalError,
     RunManifest,
+    list_pictures,
     make_folder,
     printable,
     tensors_sha256,
     write_file,
+    write_unreadable,
 )
-from export.preprocess import PreprocessSpec, UnreadablePictureError, find_pictures, preprocess
+from export.preprocess import PreprocessSpec, UnreadablePictureError, preprocess
 from export.runtime import cpu_quota
 from training.cache import PictureCache, build_cache
 from training.checkpoint import NAME as CHECKPOINT
@@ -55,8 +57,8 @@ MEASUREMENTS = 10  # of health, over a run
 def train(asked: Train) -> int:
     """Run `likewise train`; returns the exit code. Raises `RefusalError`."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    if not asked.pictures.is_dir():
-        raise RefusalError(f"{asked.pictures} is not a folder: give the folder that holds your pictures")
+    unreadable: list[tuple[str, str]] = []
+    found = list_pictures(asked.pictures, unreadable)
     if (asked.out / CHECKPOINT).is_file() and not asked.resume:
         raise RefusalError(f"{asked.out} already holds a run: pass --resume to continue it, or choose another --out")
     foreign = asked.out.is_dir() and any(p.name not in ("cache", "unreadable.tsv") for p in asked.out.iterdir())
@@ -64,12 +66,6 @@ def train(asked: Train) -> int:
         raise RefusalError(f"{asked.out} is not empty and holds no run: choose another --out")
     hardware = _hardware(asked)
     torch.set_num_threads(hardware.threads)
-    unreadable: list[tuple[str, str]] = []
-    found = find_pictures(asked.pictures, unreadable)
-    if not found:
-        raise RefusalError(
-            f"{asked.pictures} holds no pictures: expected files such as .jpg or .png there or in its subfolders"
-        )
     make_folder(asked.out)
     # The number of readable pictures decides the sizes that do not depend on the cache's; decode first.
     draft, _ = resolve(asked, max(len(found), 1), hardware)
@@ -77,8 +73,7 @@ def train(asked: Train) -> int:
     with _bar(console, "decoding", len(found)) as advance:
         cache = build_cache(asked.out / "cache", found, asked.pictures, spec, hardware.threads, advance)
     unreadable += cache.unreadable
-    lines = "".join(f"{printable(key)}\t{printable(reason)}\n" for key, reason in unreadable)
-    write_file(asked.out / "unreadable.tsv", lines)
+    write_unreadable(asked.out / "unreadable.tsv", unreadable)
     if unreadable:
         console.print(
             f"{len(unreadable)} of {len(found)} files are skipped, for example {printable(unreadable[0][0])}: "
@@ -118,6 +113,7 @@ class Trainer:
         spec = self._encoder_spec()
         self.views = Views(recipe.views, spec.mean, spec.std)
         self.stopped = False
+        self._order: tuple[int, Tensor] | None = None  # epoch and its permutation
 
     def _build(self) -> None:
         r = self.recipe
@@ -206,9 +202,10 @@ class Trainer:
         """The pictures of a step: epochs are permutations drawn from the seed, so that a resume sees the same."""
         per_epoch = len(self.cache) // self.recipe.batch_size
         epoch, within = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed(derive(self.recipe.seed, "epoch", epoch))
-        order = torch.randperm(len(self.cache), generator=generator)
-        return order[within * self.recipe.batch_size : (within + 1) * self.recipe.batch_size]
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(derive(self.recipe.seed, "epoch", epoch))
+            self._order = epoch, torch.randperm(len(self.cache), generator=generator)
+        return self._order[1][within * self.recipe.batch_size : (within + 1) * self.recipe.batch_size]
 
     # --- the run ------------------------------------------------------------------------------------------------
 
