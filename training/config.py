@@ -57,6 +57,8 @@ class Train(BaseModel):
     """Time to spend, instead of epochs: the steps that fit are measured first."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate."""
+    method: Literal["sop", "massl", "dino"] = "sop"
+    """sop, or a baseline in the same loop: massl (SOP without support embeddings, over all blocks), dino."""
     memory: int | None = Field(None, ge=8)
     """N_C, rows of the global memory."""
     anchors: int | None = Field(None, ge=2)
@@ -65,14 +67,31 @@ class Train(BaseModel):
     """k, support embeddings per anchor."""
     smoothing: float | None = Field(None, ge=0, lt=1)
     """ε, what the anchor's vote lacks to 1."""
+    tasks: int | None = Field(None, ge=1)
+    """T, independent draws of prototypes per step, whose losses are averaged."""
+    prototypes: int | None = Field(None, ge=2)
+    """K, learnable prototypes of DINO."""
     head_dim: int | None = Field(None, ge=8)
     """d, length of the rows in the memories."""
+    student_temperature: float | None = Field(None, gt=0)
+    """τ_s."""
     teacher_temperature: float | None = Field(None, gt=0)
     """τ_t at the end of its warm-up."""
     momentum: float | None = Field(None, ge=0, le=1)
     """EMA momentum of the teacher at the start; it rises to 1."""
     koleo_weight: float | None = Field(None, ge=0)
     """Weight of the KoLeo term that keeps embeddings apart."""
+    koleo_final_weight: float | None = Field(None, ge=0)
+    """Where a cosine takes that weight by the end of the run; the same as at the start where absent."""
+    variance_weight: float | None = Field(None, ge=0)
+    """Weight of VICReg's variance term, another stabiliser."""
+    sigreg_weight: float | None = Field(None, ge=0)
+    """Weight of SIGReg (isotropic embeddings), another stabiliser."""
+    mean_entropy_weight: float | None = Field(None, ge=0)
+    """Weight of the mean vote's entropy gap, another stabiliser."""
+    teacher_votes: Literal["softmax", "centred", "sinkhorn"] | None = None
+    """How the teacher's votes become targets: as they are (paper), from embeddings centred by their running mean, or
+    balanced over the batch by Sinkhorn–Knopp."""
     mim_weight: float | None = Field(None, ge=0)
     """Weight of the SOP-MIM loss on masked patches."""
     seed: int = 0
@@ -100,6 +119,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    method: Literal["sop", "massl", "dino"]
+    """See `Train`."""
     preset: Literal["small", "paper"]
     """Which column of the tables it started from."""
     model: str
@@ -152,6 +173,16 @@ class Recipe(BaseModel):
     """k of SOP-MIM."""
     smoothing: float
     """ε."""
+    tasks: int
+    """T."""
+    prototypes: int
+    """K of DINO."""
+    prototype_freeze: float
+    """Share of the steps during which they do not move."""
+    centre_momentum: float
+    """Of DINO's centre."""
+    teacher_votes: Literal["softmax", "centred", "sinkhorn"]
+    """See `Train`."""
     head_dim: int
     """d."""
     head_hidden: int
@@ -166,8 +197,14 @@ class Recipe(BaseModel):
     """Share of the steps over which τ_t rises."""
     momentum: float
     """EMA momentum at the start."""
-    koleo_weight: float
-    """Weight of KoLeo."""
+    koleo_weight: tuple[float, float]
+    """Weight of KoLeo at the start and the end of its cosine."""
+    variance_weight: float
+    """Weight of VICReg's variance term."""
+    sigreg_weight: float
+    """Weight of SIGReg."""
+    mean_entropy_weight: float
+    """Weight of the mean vote's entropy gap."""
     mim_weight: float
     """Weight of SOP-MIM."""
     mask_probability: float
@@ -189,16 +226,23 @@ _PAPER: dict[str, Any] = {
     "memory": 65536, "patch_memory": 8192, "anchors": 4096, "patch_anchors": 512, "support": 8, "patch_support": 0,
     "smoothing": 0.1, "head_dim": 256, "head_hidden": 2048, "weight_init": "trunc_normal",
     "student_temperature": 0.1, "teacher_temperature": (0.04, 0.07), "temperature_warmup": 0.1, "momentum": 0.996,
-    "koleo_weight": 0.0, "mim_weight": 1.0, "mask_probability": 0.5, "mask_ratio": (0.1, 0.5), "drop_path": 0.1,
+    "tasks": 1, "prototypes": 65536, "prototype_freeze": 0.01, "centre_momentum": 0.9, "teacher_votes": "softmax",
+    "koleo_weight": (0.0, 0.0), "variance_weight": 0.0, "sigreg_weight": 0.0, "mean_entropy_weight": 0.0,
+    "mim_weight": 1.0, "mask_probability": 0.5, "mask_ratio": (0.1, 0.5), "drop_path": 0.1,
 }  # fmt: skip
 _SMALL: dict[str, Any] = {
     **_PAPER,
     "global_scale": (0.4, 1.0), "local_scale": (0.1, 0.4), "local_crops": 2, "batch_size": 64,
     "weight_decay": (0.04, 0.04), "support": 4, "smoothing": 0.0, "head_dim": 128, "head_hidden": 512,
     "weight_init": "default", "teacher_temperature": (0.04, 0.04), "temperature_warmup": 0.2, "momentum": 0.99,
-    "koleo_weight": 0.1, "mim_weight": 0.0, "drop_path": 0.0,
+    "koleo_weight": (0.1, 0.1), "mim_weight": 0.0, "prototypes": 1024, "drop_path": 0.0,
 }  # fmt: skip
 
+# Flags that a recipe takes over unchanged.
+_TAKEN_AS_GIVEN = (
+    "support", "smoothing", "tasks", "prototypes", "head_dim", "student_temperature", "momentum", "variance_weight",
+    "sigreg_weight", "mean_entropy_weight", "teacher_votes", "mim_weight", "local_crops",
+)  # fmt: skip
 SMALL_BELOW = 50_000
 # timm's own class at sizes that two cores train: about 1 M and 0.1 M parameters.
 _OWN: dict[str, dict[str, Any]] = {
@@ -278,9 +322,20 @@ def resolve(asked: Train, pictures: int, hardware: Hardware) -> tuple[Recipe, di
         why["anchors"] = f"a sixteenth of the memory's {memory:,} rows, at least 16"
     values["anchors"] = anchors
     values["patch_anchors"] = min(values["patch_anchors"], values["patch_memory"] // 2)
-    for name in ("support", "smoothing", "head_dim", "momentum", "koleo_weight", "mim_weight", "local_crops"):
+    for name in _TAKEN_AS_GIVEN:
         if getattr(asked, name) is not None:
             values[name] = getattr(asked, name)
+    if asked.koleo_weight is not None or asked.koleo_final_weight is not None:
+        start = values["koleo_weight"][0] if asked.koleo_weight is None else asked.koleo_weight
+        values["koleo_weight"] = (start, start if asked.koleo_final_weight is None else asked.koleo_final_weight)
+    if asked.method != "sop":
+        # The baselines as published carry none of SOP's support embeddings, stabilisers or patch loss.
+        values.update(support=0, smoothing=0.0, koleo_weight=(0.0, 0.0), mim_weight=0.0)
+        for name in ("koleo_weight", "mim_weight", "support", "smoothing", "sigreg_weight", "variance_weight"):
+            if getattr(asked, name) and not (asked.method == "massl" and name == "koleo_weight"):
+                raise RefusalError(f"--{name.replace('_', '-')} belongs to --method sop, not {asked.method}: drop it")
+        if asked.koleo_weight is not None:
+            values["koleo_weight"] = (asked.koleo_weight, asked.koleo_weight)
     if anchors + max(values["support"], 1) > memory:
         raise RefusalError(
             f"{anchors} anchors with {values['support']} support embeddings need more than the memory's {memory} rows: "
@@ -306,7 +361,13 @@ def resolve(asked: Train, pictures: int, hardware: Hardware) -> tuple[Recipe, di
         epochs = 100 if preset == "paper" else 40
         values["steps"] = max(epochs * per_epoch, 2000)
         why["steps"] = f"{epochs} epochs of {per_epoch:,} steps, at least 2,000 updates"
-    values.update(fit=asked.fit, views=asked.views, seed=asked.seed, init=str(asked.init) if asked.init else None)
+    values.update(
+        method=asked.method,
+        fit=asked.fit,
+        views=asked.views,
+        seed=asked.seed,
+        init=str(asked.init) if asked.init else None,
+    )
     return Recipe(**values), why
 
 

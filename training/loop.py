@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import platform
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -41,17 +41,19 @@ from training.cache import PictureCache, build_cache
 from training.checkpoint import NAME as CHECKPOINT
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Hardware, Recipe, Train, resolve
+from training.dino import DINO
 from training.encoder import Student, Teacher, build_vit, load_initial, reset_linear_layers
 from training.head import Head
 from training.masks import block_masks
-from training.memory import RingMemory
+from training.method import Method, Moment, Outputs
 from training.monitor import SAMPLE, Health, Monitor, alarms
-from training.schedules import cosine, linear_warmup, warmup_cosine
-from training.sop import draw_prototypes, image_loss, koleo, patch_loss
+from training.schedules import cosine, derive, linear_warmup, warmup_cosine
+from training.sop_method import SOP, MaSSL
 from training.views import Views
 
 INTERRUPTED = 130
 MEASUREMENTS = 10  # of health, over a run
+METHODS: dict[str, type[Method]] = {"sop": SOP, "massl": MaSSL, "dino": DINO}
 
 
 def train(asked: Train) -> int:
@@ -128,10 +130,10 @@ class Trainer:
         still.load_state_dict(vit.state_dict())
         self.student = Student(vit, head).to(self.device)
         self.teacher = Teacher(still, copy.deepcopy(head)).to(self.device)
-        self.memory = RingMemory(r.memory, r.head_dim, r.seed).to(self.device)
-        self.patch_memory = RingMemory(r.patch_memory, r.head_dim, r.seed + 1).to(self.device)
-        weights = [p for p in self.student.parameters() if p.ndim > 1]
-        rest = [p for p in self.student.parameters() if p.ndim <= 1]
+        self.method: Method = METHODS[r.method](r).to(self.device)
+        parameters = [*self.student.parameters(), *self.method.parameters()]
+        weights = [p for p in parameters if p.ndim > 1]
+        rest = [p for p in parameters if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": weights, "decays": True}, {"params": rest, "weight_decay": 0.0, "decays": False}],
             lr=r.lr, fused=True,
@@ -144,16 +146,10 @@ class Trainer:
         r = self.recipe
         generator = torch.Generator().manual_seed(derive(r.seed, "step", step))
         torch.manual_seed(derive(r.seed, "drop path", step))
-        at = {"step": step, "steps": r.steps}
-        lr = warmup_cosine(**at, peak=r.lr, end=r.min_lr, warmup=r.lr_warmup)
-        decay = cosine(**at, start=r.weight_decay[0], end=r.weight_decay[1])
-        momentum = cosine(**at, start=r.momentum, end=1.0)
-        teacher_temperature = linear_warmup(
-            **at, start=r.teacher_temperature[0], end=r.teacher_temperature[1], warmup=r.temperature_warmup
-        )
+        now = self.moment(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = decay if group["decays"] else 0.0
+            group["lr"] = now.lr
+            group["weight_decay"] = now.weight_decay if group["decays"] else 0.0
 
         pictures = self.cache.gather(self._indices(step), self.device)
         B = len(pictures)
@@ -175,28 +171,31 @@ class Trainer:
                 parts.append(self.student(torch.cat(locals_))[0])
 
         # Similarities, votes and losses: float32, outside autocast.
-        prototypes = draw_prototypes(self.memory.rows, r.anchors, r.support, generator, r.smoothing)
-        temperatures = (r.student_temperature, teacher_temperature)
-        terms = {"loss_image": image_loss(torch.cat(parts), teacher_cls, 2 + r.local_crops, prototypes, *temperatures)}
-        total = terms["loss_image"]
-        if r.koleo_weight:
-            terms["koleo"] = (koleo(student_cls[:B]) + koleo(student_cls[B:])) / 2
-            total = total + r.koleo_weight * terms["koleo"]
-        if mask is not None:
-            patches = draw_prototypes(self.patch_memory.rows, r.patch_anchors, r.patch_support, generator, r.smoothing)
-            terms["loss_patch"] = patch_loss(student_masked, teacher_masked, mask, patches, *temperatures)
-            total = total + r.mim_weight * terms["loss_patch"]
-        terms["loss"] = total
-
+        outputs = Outputs(
+            torch.cat(parts), teacher_cls, student_masked, teacher_masked, teacher_drawn, mask, groups=None
+        )
+        terms = self.method.terms(outputs, now, generator)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        clip_each(self.student, r.clip)
+        terms["loss"].backward()
+        clip_each([*self.student.parameters(), *self.method.parameters()], r.clip)
         self.optimizer.step()
-        self.teacher.follow(self.student, momentum)
-        self.memory.push(teacher_cls[B:])
-        if mask is not None:
-            self.patch_memory.push(teacher_drawn)
+        self.teacher.follow(self.student, now.momentum)
+        self.method.update(outputs, now)
         return {name: value.detach() for name, value in terms.items()}
+
+    def moment(self, step: int) -> Moment:
+        """The scheduled values of a step."""
+        r = self.recipe
+        at = {"step": step, "steps": r.steps}
+        start, end = r.teacher_temperature
+        return Moment(
+            **at,
+            lr=warmup_cosine(**at, peak=r.lr, end=r.min_lr, warmup=r.lr_warmup),
+            weight_decay=cosine(**at, start=r.weight_decay[0], end=r.weight_decay[1]),
+            momentum=cosine(**at, start=r.momentum, end=1.0),
+            teacher_temperature=linear_warmup(**at, start=start, end=end, warmup=r.temperature_warmup),
+            koleo_weight=cosine(**at, start=r.koleo_weight[0], end=r.koleo_weight[1]),
+        )
 
     def _indices(self, step: int) -> Tensor:
         """The pictures of a step: epochs are permutations drawn from the seed, so that a resume sees the same."""
@@ -278,12 +277,7 @@ class Trainer:
 
     def _measure(self, step: int, monitor: Monitor, log: MetricsLog, history: list[Health]) -> None:
         r = self.recipe
-        temperature = linear_warmup(
-            step, r.steps, r.teacher_temperature[0], r.teacher_temperature[1], r.temperature_warmup
-        )
-        health = monitor.measure(
-            self.teacher, self.memory.rows, r.anchors, r.support, r.smoothing, temperature, derive(r.seed, "health", 0)
-        )
+        health = monitor.measure(self.teacher, lambda heads: self.method.diagnostics(heads, self.moment(step)))
         history.append(health)
         values = {name: value for name, value in health._asdict().items() if not math.isnan(value)}
         log.write(step=step, health=True, **values)
@@ -291,9 +285,9 @@ class Trainer:
         self.console.print(
             f"step {step:>6,}   mean cosine {health.mean_cosine:.3f} (head {health.head_mean_cosine:.3f})   "
             f"effective rank {health.effective_rank:.1f}   H(mean vote) {health.mean_vote_entropy:.2f} of "
-            f"{math.log(r.anchors):.2f}{knn}"
+            f"{health.max_entropy:.2f}{knn}"
         )
-        for sentence in alarms(history, step / max(1, r.steps), r.anchors):
+        for sentence in alarms(history, step / max(1, r.steps)):
             self.console.print(f"ALARM {sentence}", style="bold red")
             log.write(step=step, alarm=sentence)
 
@@ -349,14 +343,13 @@ class Trainer:
         return {
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
-            "memory": self.memory.state_dict(),
-            "patch_memory": self.patch_memory.state_dict(),
+            "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        for name in ("student", "teacher", "memory", "patch_memory", "optimizer"):
+        for name in ("student", "teacher", "method", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
 
     def save(self, step: int) -> None:
@@ -443,18 +436,12 @@ class MetricsLog:
             file.write(json.dumps(values) + "\n")
 
 
-def clip_each(module: torch.nn.Module, limit: float) -> None:
+def clip_each(parameters: Iterable[torch.nn.Parameter], limit: float) -> None:
     """Scale down each parameter's own gradient to norm `limit` (1.8: per tensor, not over all)."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(gradients)
     scale = (limit / (torch.stack(norms) + 1e-6)).clamp_(max=1.0)
     torch._foreach_mul_(gradients, list(scale.unbind()))
-
-
-def derive(seed: int, purpose: str, number: int) -> int:
-    """A seed for one purpose at one step: independent streams, the same after a resume."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from training.encoder import Teacher
 from training.knn import knn_accuracy, pixel_features
-from training.sop import draw_prototypes, vote_statistics
 from training.views import Views
 
 SAMPLE = 2000
@@ -30,6 +30,8 @@ class Health(NamedTuple):
     """H(P_t), nats."""
     mean_vote_entropy: float
     """H(mean P_t), nats; ln P at best."""
+    max_entropy: float
+    """ln P."""
     leak: float
     """Leaked share of the votes."""
     support_cosine: float
@@ -60,21 +62,17 @@ class Monitor:
                 heads.append(teacher.head(cls).float().cpu())
         return torch.cat(features), torch.cat(heads)
 
-    def measure(
-        self, teacher: Teacher, memory: Tensor, anchors: int, support: int, smoothing: float, temperature: float,
-        seed: int,
-    ) -> Health:  # fmt: skip
+    def measure(self, teacher: Teacher, diagnostics: Callable[[Tensor], dict[str, float]]) -> Health:
         """Health of the teacher."""
         features, heads = self.features(teacher)
-        generator = torch.Generator().manual_seed(seed)
-        prototypes = draw_prototypes(memory.cpu().float(), anchors, support, generator, smoothing)
-        votes = vote_statistics(heads, prototypes, temperature)
+        votes = diagnostics(heads)
         knn = math.nan
         if self.labels is not None:
             knn = 100 * knn_accuracy(features, self.labels, features, self.labels, leave_one_out=True)
         return Health(
             mean_cosine(features), effective_rank(features), mean_cosine(heads),
-            votes.entropy, votes.entropy_of_mean, votes.leak, votes.support_cosine, knn,
+            votes["vote_entropy"], votes["mean_vote_entropy"], votes["max_entropy"], votes.get("leak", math.nan),
+            votes.get("support_cosine", math.nan), knn,
         )  # fmt: skip
 
     def baselines(self) -> dict[str, float]:
@@ -103,7 +101,7 @@ def effective_rank(x: Tensor) -> float:
     return float((-(p * p.log()).sum()).exp())
 
 
-def alarms(history: list[Health], progress: float, anchors: int) -> list[str]:
+def alarms(history: list[Health], progress: float) -> list[str]:
     """Sentences about the latest measurement; empty while all is well. `progress` is the share of the steps done.
 
     Embedding statistics decide, after warm-up only: a loss near ln P is no alarm by itself (spec/sop.md section 8).
@@ -121,9 +119,9 @@ def alarms(history: list[Health], progress: float, anchors: int) -> list[str]:
             f"collapse: the mean cosine between different pictures is {now.head_mean_cosine:.3f}, all embeddings are "
             "nearly one point: raise --koleo-weight (0.1), lower --lr, or start from trained weights with --init"
         )
-    elif now.mean_vote_entropy < 0.3 * math.log(anchors):
+    elif now.mean_vote_entropy < 0.3 * now.max_entropy:
         found.append(
-            f"collapse: the mean vote's entropy is {now.mean_vote_entropy:.2f} of ln P = {math.log(anchors):.2f}, few "
+            f"collapse: the mean vote's entropy is {now.mean_vote_entropy:.2f} of ln P = {now.max_entropy:.2f}, few "
             "prototypes are used: raise --koleo-weight or the batch size"
         )
     if now.effective_rank < 3 and now.effective_rank <= history[-2].effective_rank:

@@ -1,0 +1,57 @@
+"""Several processes as one: what the loss needs beyond DistributedDataParallel. One process is the ordinary case.
+
+Rows are gathered in rank order, so that W ranks of B rows are one batch of W·B rows. A term that is computed from
+gathered rows is the same on every rank; its gradient with respect to a rank's own rows is multiplied by W here, since
+the gradients of all ranks are averaged afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Rows [B, …] of every rank as [W·B, …], rank order; the gradient reaches this rank's rows (times W)."""
+    if world_size() == 1:
+        return x
+    gathered: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def all_mean(x: Tensor) -> Tensor:
+    """Mean of x over ranks; the gradient is that of this rank's share (times W)."""
+    return gather_rows(x[None]).mean(0) if world_size() > 1 else x
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
+        return gradients[0].chunk(world_size())[rank()] * world_size()
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Average the gradients of parameters that DistributedDataParallel does not hold."""
+    if world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
