@@ -2,7 +2,8 @@
 
 Symbols are the paper's: P self-organizing prototypes of k + 1 voters each, D their embeddings [P, k+1, d],
 w the weight with which a voter votes for its own prototype [P, k+1], τ the temperature, V views per picture.
-Everything here is float32 (float64 in tests); call it outside autocast.
+Everything here is float32 (float64 in tests); call it outside autocast. The prototypes are drawn in
+`training/prototypes.py`, the vote is cast in `training/vote.py`.
 """
 
 from __future__ import annotations
@@ -12,72 +13,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from training.prototypes import Prototypes, draw_many, draw_prototypes
+from training.vote import cross_entropy, vote, vote_cross_entropy
 
-class Prototypes(NamedTuple):
-    """The self-organizing prototypes of one step."""
-
-    D: Tensor
-    """[P, k+1, d], unit rows: k support embeddings, then the anchor."""
-    w: Tensor
-    """[P, k+1] in 0…1."""
-
-
-@torch.no_grad()
-def draw_prototypes(
-    bank: Tensor, anchors: int, support: int, generator: torch.Generator, smoothing: float = 0.1, block: int = 16384
-) -> Prototypes:
-    """Draw P anchors from the memory [N, d] and gather each one's k nearest other rows (1.4).
-
-    Anchors are drawn without replacement and never support one another. The running top-k over blocks of the memory
-    keeps the similarity matrix at [P, block]. `generator` lives on the CPU so that all ranks draw alike.
-    """
-    size = len(bank)
-    if (anchors + max(support, 1) > size and support > 0) or anchors > size:
-        raise ValueError(f"{anchors} anchors with {support} support embeddings exceed a memory of {size} rows")
-    chosen = torch.randperm(size, generator=generator)[:anchors].to(bank.device)
-    A = bank[chosen]
-    anchor_weight = bank.new_full((anchors, 1), 1.0 - smoothing)
-    if support == 0:
-        return Prototypes(A[:, None], anchor_weight)
-    barred = torch.zeros(size, dtype=torch.bool, device=bank.device)
-    barred[chosen] = True
-    best = A.new_full((anchors, support), -2.0)
-    which = torch.zeros((anchors, support), dtype=torch.long, device=bank.device)
-    for low in range(0, size, block):
-        similarity = (A @ bank[low : low + block].T).masked_fill_(barred[low : low + block], -2.0)
-        top, index = similarity.topk(min(support, similarity.shape[1]), dim=1)
-        best, keep = torch.cat([best, top], 1).topk(support, dim=1)
-        which = torch.cat([which, index + low], 1).gather(1, keep)
-    return Prototypes(torch.cat([bank[which], A[:, None]], 1), torch.cat([best.clamp(0.0, 1.0), anchor_weight], 1))
-
-
-def vote(u: Tensor, prototypes: Prototypes, temperature: float) -> Tensor:
-    """P(u) = softmax(u Dᵀ / τ) · Y (1.5), in the closed form that never builds Y. u [..., d] → [..., P], rows sum to 1.
-
-    own_j = Σ_{v∈j} q_v w_v,  leak_j = Σ_{v∈j} q_v (1 − w_v),  P_j = own_j + (Σ_i leak_i − leak_j) / (P − 1)
-    """
-    D, w = prototypes
-    count, voters, dim = D.shape
-    q = (u @ D.reshape(count * voters, dim).T / temperature).softmax(-1).unflatten(-1, (count, voters))
-    own = (q * w).sum(-1)
-    leak = (q * (1.0 - w)).sum(-1)
-    return own + (leak.sum(-1, keepdim=True) - leak) / (count - 1)
-
-
-def cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
-    """−Σ_c P_c(teacher) log P_c(student), [..., P] → [...]."""
-    return -(teacher * student.clamp_min(1e-12).log()).sum(-1)
+__all__ = [
+    "Prototypes", "VoteStatistics", "cross_entropy", "draw_many", "draw_prototypes", "image_loss", "koleo",
+    "patch_loss", "vote", "vote_cross_entropy", "vote_statistics",
+]  # fmt: skip
 
 
 def image_loss(
     zs: Tensor, zt: Tensor, views: int, prototypes: Prototypes, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """L_CLS (1.6): zs [V·B, d] and zt [2·B, d], crop-major; mean over the 2V − 2 pairs of different views."""
-    ps = vote(zs, prototypes, student_temperature).chunk(views)
+    """L_CLS (1.6): zs [V·B, d] and zt [2·B, d], crop-major; mean over the 2V − 2 pairs of different views.
+
+    A student crop has one target: the other global view's vote, or, for a local crop, the sum of both.
+    """
     with torch.no_grad():
-        pt = vote(zt, prototypes, teacher_temperature).chunk(2)
-    pairs = [cross_entropy(ps[i], pt[j]).mean() for i in range(views) for j in range(2) if i != j]
-    return torch.stack(pairs).mean()
+        first, second = vote(zt, prototypes, teacher_temperature).chunk(2)
+        targets = torch.cat([second, first, first + second]) if views > 2 else torch.cat([second, first])
+    B = len(first)
+    row = torch.arange(len(zs), device=zs.device)
+    losses = vote_cross_entropy(zs, prototypes, student_temperature, targets, (row // B).clamp_max(2) * B + row % B)
+    return losses.sum() / ((2 * views - 2) * B)
 
 
 def patch_loss(
@@ -89,12 +47,12 @@ def patch_loss(
     """
     if len(zs) == 0:
         return zs.sum() * 0.0
-    ps = vote(zs, prototypes, student_temperature)
     with torch.no_grad():
-        pt = vote(zt, prototypes, teacher_temperature)
+        targets = vote(zt, prototypes, teacher_temperature)
+    losses = vote_cross_entropy(zs, prototypes, student_temperature, targets)
     crop = mask.nonzero(as_tuple=True)[0]
-    per_crop = mask.sum(1).clamp(min=1).to(ps.dtype)
-    return (cross_entropy(ps, pt) / per_crop[crop]).sum() / len(mask)
+    per_crop = mask.sum(1).clamp(min=1).to(losses.dtype)
+    return (losses / per_crop[crop]).sum() / len(mask)
 
 
 def koleo(z: Tensor) -> Tensor:
@@ -116,9 +74,11 @@ class VoteStatistics(NamedTuple):
     entropy_of_mean: float
     """Entropy of the mean vote; ln P when all prototypes are used alike."""
     leak: float
-    """Share of the vote mass that spreads over other prototypes because support cosines are below 1."""
+    """Share of the vote mass that spreads over other prototypes because voters' weights are below 1."""
     support_cosine: float
     """Mean cosine between anchors and their support; nan without support."""
+    voter_entropy: float
+    """Mean entropy of the softmax over all voters, in nats; ln P(k+1) when it is uniform."""
 
 
 @torch.no_grad()
@@ -126,11 +86,19 @@ def vote_statistics(u: Tensor, prototypes: Prototypes, temperature: float) -> Vo
     """Statistics of the votes of u [B, d]."""
     D, w = prototypes
     p = vote(u, prototypes, temperature)
-    q = (u @ D.flatten(0, 1).T / temperature).softmax(-1)
     mean = p.mean(0)
+    voters = D.flatten(0, 1)
+    leak, voter_entropy = [], []
+    for part in u.split(128):
+        log_q = (part @ voters.T / temperature).log_softmax(-1)
+        q = log_q.exp()
+        leak.append(q @ (1.0 - w.flatten()))
+        voter_entropy.append(-(q * log_q).sum(-1))
+    cosine = D[:, :-1] @ D[:, -1, :, None]
     return VoteStatistics(
         float(cross_entropy(p, p).mean()),
         float(cross_entropy(mean, mean)),
-        float((q * (1.0 - w.flatten())).sum(-1).mean()),
-        float(w[:, :-1].mean()) if w.shape[1] > 1 else float("nan"),
+        float(torch.cat(leak).mean()),
+        float(cosine.mean()) if w.shape[1] > 1 else float("nan"),
+        float(torch.cat(voter_entropy).mean()),
     )
