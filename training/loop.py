@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import platform
@@ -43,12 +42,14 @@ from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Hardware, Recipe, Train, resolve
 from training.encoder import Student, Teacher, build_vit, load_initial, reset_linear_layers
 from training.head import Head
-from training.masks import block_masks
+from training.loader import Batches
+from training.masks import draw_masks
 from training.memory import RingMemory
 from training.monitor import SAMPLE, Health, Monitor, alarms
 from training.schedules import cosine, linear_warmup, warmup_cosine
+from training.seeds import derive
 from training.sop import draw_prototypes, image_loss, koleo, patch_loss
-from training.views import Views
+from training.views import ViewKind, Views
 
 INTERRUPTED = 130
 MEASUREMENTS = 10  # of health, over a run
@@ -69,9 +70,11 @@ def train(asked: Train) -> int:
     make_folder(asked.out)
     # The number of readable pictures decides the sizes that do not depend on the cache's; decode first.
     draft, _ = resolve(asked, max(len(found), 1), hardware)
-    spec = PreprocessSpec(size=draft.cache_size, fit=draft.fit)
     with _bar(console, "decoding", len(found)) as advance:
-        cache = build_cache(asked.out / "cache", found, asked.pictures, spec, hardware.threads, advance)
+        name = str(asked.pictures.resolve())
+        cache = build_cache(asked.out / "cache", found, name, draft.cache_size, hardware.threads, advance)
+    for notice in cache.notices:
+        console.print(notice)
     unreadable += cache.unreadable
     write_unreadable(asked.out / "unreadable.tsv", unreadable)
     if unreadable:
@@ -113,7 +116,7 @@ class Trainer:
         spec = self._encoder_spec()
         self.views = Views(recipe.views, spec.mean, spec.std)
         self.stopped = False
-        self._order: tuple[int, Tensor] | None = None  # epoch and its permutation
+        self._loader: Batches | None = None
 
     def _build(self) -> None:
         r = self.recipe
@@ -155,16 +158,19 @@ class Trainer:
             group["lr"] = lr
             group["weight_decay"] = decay if group["decays"] else 0.0
 
-        pictures = self.cache.gather(self._indices(step), self.device)
+        pictures, aspects, _, _ = self._batches().local(step)
         B = len(pictures)
-        globals_ = torch.cat(
-            [self.views(pictures, r.image_size, r.global_scale, kind, generator) for kind in ("first", "second")]
-        )
-        locals_ = [self.views(pictures, r.local_size, r.local_scale, "local", generator) for _ in range(r.local_crops)]
+
+        def views(size: int, scale: tuple[float, float], kind: ViewKind) -> Tensor:
+            return self.views(pictures, size, scale, kind, generator, aspects)
+
+        kinds: tuple[ViewKind, ...] = ("first", "second")
+        globals_ = torch.cat([views(r.image_size, r.global_scale, kind) for kind in kinds])
+        locals_ = [views(r.local_size, r.local_scale, "local") for _ in range(r.local_crops)]
         mask = drawn = None
         if r.mim_weight:
             side = r.image_size // r.patch_size
-            mask = block_masks(2 * B, side, side, r.mask_probability, r.mask_ratio, generator).to(self.device)
+            mask = draw_masks(2 * B, side, side, r.mask_probability, r.mask_ratio, "block", generator).to(self.device)
             drawn = torch.randint(side * side, (B,), generator=generator).to(self.device)
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -198,14 +204,11 @@ class Trainer:
             self.patch_memory.push(teacher_drawn)
         return {name: value.detach() for name, value in terms.items()}
 
-    def _indices(self, step: int) -> Tensor:
-        """The pictures of a step: epochs are permutations drawn from the seed, so that a resume sees the same."""
-        per_epoch = len(self.cache) // self.recipe.batch_size
-        epoch, within = divmod(step, per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(derive(self.recipe.seed, "epoch", epoch))
-            self._order = epoch, torch.randperm(len(self.cache), generator=generator)
-        return self._order[1][within * self.recipe.batch_size : (within + 1) * self.recipe.batch_size]
+    def _batches(self) -> Batches:
+        """Made when first asked for: `fit` decides before whether the pictures stay in memory."""
+        if self._loader is None:
+            self._loader = Batches(self.cache, self.recipe.batch_size, self.recipe.seed, self.device)
+        return self._loader
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -449,12 +452,6 @@ def clip_each(module: torch.nn.Module, limit: float) -> None:
     norms = torch._foreach_norm(gradients)
     scale = (limit / (torch.stack(norms) + 1e-6)).clamp_(max=1.0)
     torch._foreach_mul_(gradients, list(scale.unbind()))
-
-
-def derive(seed: int, purpose: str, number: int) -> int:
-    """A seed for one purpose at one step: independent streams, the same after a resume."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _free_bytes(device: torch.device) -> int:
