@@ -53,8 +53,9 @@ class PreprocessSpec(BaseModel):
     """Name of the procedure below; a change to its code is a new version."""
     size: int
     """Height and width of the result, in pixels."""
-    fit: Literal["crop", "pad"] = "crop"
-    """crop: the shorter side becomes `size`, the centre is kept. pad: the longer side does, the rest is background."""
+    fit: Literal["crop", "pad", "squeeze"] = "crop"
+    """crop: the shorter side becomes `size`, the centre is kept. pad: the longer side does, the rest is background.
+    squeeze: both sides do, whatever the shape (the training cache)."""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB under transparent pixels and in the padding."""
     interpolation: Literal["bicubic"] = "bicubic"
@@ -175,7 +176,7 @@ def _decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits) -> Prepared
             )
         animated = image.format in ("GIF", "WEBP", "PNG", "AVIF") and bool(getattr(image, "is_animated", False))
         if spec.scaled_jpeg and image.format in ("JPEG", "MPO"):
-            scale = spec.size / (min(width, height) if spec.fit == "crop" else max(width, height))
+            scale = spec.size / (max(width, height) if spec.fit == "pad" else min(width, height))
             wanted = (max(1, int(np.ceil(width * scale))), max(1, int(np.ceil(height * scale))))
             image.draft(None, wanted)
         image.load()
@@ -217,6 +218,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _fit(colours: Image.Image, spec: PreprocessSpec) -> Image.Image:
     size, (width, height) = spec.size, colours.size
+    if spec.fit == "squeeze":
+        return colours.resize((size, size), Image.Resampling.BICUBIC)
     if spec.fit == "crop":
         # The centred square of the source, in fractional source pixels: one resampling, no intermediate.
         side = min(width, height)

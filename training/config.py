@@ -42,7 +42,7 @@ class Train(BaseModel):
     """Side of a patch, in pixels."""
     fit: Literal["crop", "pad"] = "crop"
     """How whole pictures become squares at inference: crop the centre, or pad to the longer side."""
-    views: Literal["photographs", "products", "orientation-free"] = "photographs"
+    views: Literal["photographs", "products", "orientation-free", "documents", "greyscale"] = "photographs"
     """photographs: flips, colour jitter, grey, blur. products: colours are kept. orientation-free: adds free rotation
     and colour mixing (microscopy, aerial pictures, parts, drawn shapes)."""
     batch_size: int | None = Field(None, ge=2)
@@ -137,7 +137,7 @@ class Recipe(BaseModel):
     """Side at which pictures are kept for cropping."""
     fit: Literal["crop", "pad"]
     """See `Train`."""
-    views: Literal["photographs", "products", "orientation-free"]
+    views: Literal["photographs", "products", "orientation-free", "documents", "greyscale"]
     """See `Train`."""
     global_scale: tuple[float, float]
     """Area of a global crop, as a share of the picture."""

@@ -1,148 +1,269 @@
 """Random views of pictures, drawn per sample, as batched tensor operations: the same code on CPU and GPU.
 
-Geometry (crop, flip, rotation) is one resampling; brightness, contrast, saturation, hue, grey and mixing are one 3×3
-matrix and offset per sample; blur is one depthwise convolution. All random numbers come from a CPU generator, so that
-a step's views depend on its seed alone.
+Drawing and applying are separate: `Views.draw` makes every random number with a CPU generator, `Views.apply` is a
+function of one picture and its row of the draw. A global batch is drawn once and sliced over ranks and micro-batches.
+
+Crops are drawn in the coordinates of the original picture (torchvision's RandomResizedCrop), though the cache keeps it
+squeezed to a square. A crop is resampled by two matrix products per picture, with Pillow's antialiased bicubic filter;
+blur multiplies into the same matrices. Brightness, contrast, saturation, hue, grey and mixing are one 3×3 matrix, a
+gain and an offset per sample. Blur acts before colour here, after it in DINO: both are linear, so that only clamping
+tells the orders apart.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ViewPreset = Literal["photographs", "products", "orientation-free"]
+from training.presets import VIEW_PRESETS, ViewPreset, ViewRecipe
+
 ViewKind = Literal["first", "second", "local"]
-
-# Probability of blur and of solarisation per kind of view (DINO's recipe, spec/sop.md 1.8).
-_BLUR = {"first": 1.0, "second": 0.1, "local": 0.5}
-_SOLARIZE = {"first": 0.0, "second": 0.2, "local": 0.0}
-
-
-class _Colour(NamedTuple):
-    """How far a preset changes colours; the first row is DINO's recipe."""
-
-    light: float
-    """Brightness and contrast, ± this share."""
-    saturation: float
-    """± this share."""
-    hue: float
-    """± this share of the colour circle."""
-    grey: float
-    """Probability of losing all colour."""
-    solarize: bool
-    """Whether `_SOLARIZE` applies."""
-
-
-_COLOURS: dict[str, _Colour] = {
-    "photographs": _Colour(0.4, 0.2, 0.1, 0.2, True),
-    # Colour tells products apart: views must agree on it.
-    "products": _Colour(0.2, 0.1, 0.0, 0.0, False),
-    "orientation-free": _Colour(0.4, 0.2, 0.1, 0.2, True),
-}
-
-
-class Views:
-    """Draws views of one size; `mean` and `std` normalise RGB in 0…1."""
-
-    def __init__(self, preset: ViewPreset, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        self.preset = preset
-        self._change = _COLOURS[preset]
-        self.mean, self.std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
-
-    def __call__(
-        self, pictures: Tensor, size: int, scale: tuple[float, float], kind: ViewKind, generator: torch.Generator
-    ) -> Tensor:
-        """uint8 [B, S, S, 3] → float32 [B, 3, size, size], normalised."""
-        x = pictures.permute(0, 3, 1, 2).float().div_(255.0)
-        count = len(x)
-        theta = self._geometry(count, scale, generator).to(x.device)
-        grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
-        x = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-        x = self._colour(x, generator)
-        x = _blur(x, _BLUR[kind], generator)
-        if self._change.solarize and _SOLARIZE[kind]:
-            hit = (torch.rand(count, generator=generator) < _SOLARIZE[kind]).to(x.device).view(-1, 1, 1, 1)
-            x = torch.where(hit & (x >= 0.5), 1.0 - x, x)
-        return (x - self.mean.to(x.device)) / self.std.to(x.device)
-
-    def normalise(self, pictures: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] → float32 [B, 3, S, S], no randomness."""
-        x = pictures.permute(0, 3, 1, 2).float().div(255.0)
-        return (x - self.mean.to(x.device)) / self.std.to(x.device)
-
-    def _geometry(self, count: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-        """Affine maps [B, 2, 3] from view to picture coordinates in −1…1."""
-        r = torch.rand(6, count, generator=generator)
-        area = scale[0] + r[0] * (scale[1] - scale[0])
-        log_aspect = math.log(3 / 4) + r[1] * (math.log(4 / 3) - math.log(3 / 4))
-        w = (area * log_aspect.exp()).sqrt().clamp(max=1.0)
-        h = (area / log_aspect.exp()).sqrt().clamp(max=1.0)
-        cx, cy = (2 * r[2] - 1) * (1 - w), (2 * r[3] - 1) * (1 - h)
-        flip = torch.where(r[4] < 0.5, -1.0, 1.0)
-        angle = 2 * math.pi * r[5] if self.preset == "orientation-free" else torch.zeros(count)
-        cos, sin = angle.cos(), angle.sin()
-        first = torch.stack([w * cos * flip, -w * sin, cx], 1)
-        second = torch.stack([h * sin * flip, h * cos, cy], 1)
-        return torch.stack([first, second], 1)
-
-    def _colour(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        count = len(x)
-        change = self._change
-        matrix = _jitter(count, change, generator)
-        if self.preset == "orientation-free":
-            # Any mixture of the channels: colour must not identify a picture.
-            mix = torch.rand(count, 3, 3, generator=generator) * 2 - 0.5
-            mix = mix / mix.sum(2, keepdim=True).clamp(min=0.5)
-            use = (torch.rand(count, generator=generator) < 0.8).view(-1, 1, 1)
-            matrix = torch.where(use, mix @ matrix, matrix)
-        contrast = 1 + change.light * (2 * torch.rand(count, generator=generator) - 1)
-        brightness = 1 + change.light * (2 * torch.rand(count, generator=generator) - 1)
-        jitter = (torch.rand(count, generator=generator) < 0.8).float()
-        contrast = (1 + jitter * (contrast - 1)).view(-1, 1, 1, 1).to(x.device)
-        brightness = (1 + jitter * (brightness - 1)).view(-1, 1, 1, 1).to(x.device)
-        x = torch.bmm(matrix.to(x.device), x.flatten(2)).view_as(x) * brightness
-        mean = x.mean((1, 2, 3), keepdim=True)
-        return ((x - mean) * contrast + mean).clamp_(0.0, 1.0)
-
 
 _GREY = torch.tensor([0.299, 0.587, 0.114])
 _TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+_FROM_YIQ = torch.linalg.inv(_TO_YIQ)
+_TRIES = 10
 
 
-def _jitter(count: int, change: _Colour, generator: torch.Generator) -> Tensor:
-    """Saturation and hue with probability 0.8, and grey, as matrices [B, 3, 3] on RGB."""
-    r = torch.rand(4, count, generator=generator)
-    grey = _GREY.expand(3, 3)
-    saturation = (1 + change.saturation * (2 * r[0] - 1)).view(-1, 1, 1)
-    turn = 2 * math.pi * change.hue * (2 * r[1] - 1)
-    rotation = torch.zeros(count, 3, 3)
-    rotation[:, 0, 0] = 1.0
-    rotation[:, 1, 1] = rotation[:, 2, 2] = turn.cos()
-    rotation[:, 1, 2], rotation[:, 2, 1] = -turn.sin(), turn.sin()
-    hue = _TO_YIQ.inverse() @ rotation @ _TO_YIQ
-    matrix = hue @ (saturation * torch.eye(3) + (1 - saturation) * grey)
-    matrix = torch.where((r[2] < 0.8).view(-1, 1, 1), matrix, torch.eye(3))
-    return torch.where((r[3] < change.grey).view(-1, 1, 1), grey, matrix)
+class ViewDraw(NamedTuple):
+    """The random numbers of `count` views, on the CPU until `to`; row i belongs to picture i."""
+
+    box: Tensor
+    """Centre x, y and width, height of the crop before rotation, as shares of the picture's sides. [count, 4]"""
+    aspect: Tensor
+    """Width / height of the original picture. [count]"""
+    angle: Tensor
+    """Rotation of the crop in the original picture, in radians. [count]"""
+    flip: Tensor
+    """−1 where mirrored left to right, else 1. [count]"""
+    colour: Tensor
+    """Matrix on RGB. [count, 3, 3]"""
+    brightness: Tensor
+    """Factor. [count]"""
+    contrast: Tensor
+    """Factor on the distance from the view's mean. [count]"""
+    gamma: Tensor
+    """Exponent. [count]"""
+    sigma: Tensor
+    """Standard deviation of the blur in pixels of the view; 0 for none. [count]"""
+    solarize: Tensor
+    """Whether bright pixels are inverted. [count], bool"""
+
+    def slice(self, low: int, high: int) -> Self:
+        """Rows low … high − 1."""
+        return type(self)(*(value[low:high] for value in self))
+
+    def to(self, device: torch.device) -> Self:
+        """On `device`; through pinned memory where that is a GPU."""
+        if device.type != "cuda":
+            return self
+        return type(self)(*(value.contiguous().pin_memory().to(device, non_blocking=True) for value in self))
 
 
-def _blur(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Gaussian blur of radius U(0.1, 2) pixels of a 224-pixel view, scaled with the view's size."""
-    count, _, height, width = x.shape
-    sigma = (0.1 + 1.9 * torch.rand(count, generator=generator)) * width / 224
-    hit = torch.rand(count, generator=generator) < probability
-    if not bool(hit.any()) or float(sigma[hit].max()) < 0.2:  # below that the kernel is the identity
-        return x
-    reach = max(1, math.ceil(2 * 2.0 * width / 224))
-    at = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (at / sigma.clamp(min=0.05).view(-1, 1)) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)
-    kernel = torch.where(hit.view(-1, 1), kernel, (at == 0).float())
-    weight = kernel.repeat_interleave(3, 0).to(x.device)  # 3B taps
-    y = F.pad(x.reshape(1, count * 3, height, width), (reach, reach, reach, reach), mode="reflect")
-    y = F.conv2d(y, weight.view(count * 3, 1, -1, 1), groups=count * 3)
-    y = F.conv2d(y, weight.view(count * 3, 1, 1, -1), groups=count * 3)
-    return y.view_as(x)
+class Views:
+    """Draws views with a recipe or a named preset of `VIEW_PRESETS`.
+
+    `mean` and `std` normalise RGB in 0…1; `dtype` is that of the views.
+    """
+
+    def __init__(
+        self,
+        recipe: ViewRecipe | ViewPreset,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.recipe = VIEW_PRESETS[recipe] if isinstance(recipe, str) else recipe
+        self.dtype = dtype
+        self.mean, self.std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1) for v in (mean, std))
+
+    def __call__(
+        self,
+        pictures: Tensor,
+        size: int,
+        scale: tuple[float, float],
+        kind: ViewKind,
+        generator: torch.Generator,
+        aspects: Tensor | None = None,
+    ) -> Tensor:
+        """`draw`, then `apply`: uint8 [B, S, S, 3] → [B, 3, size, size], normalised."""
+        return self.apply(pictures, self.draw(len(pictures), size, scale, kind, generator, aspects), size)
+
+    def draw(
+        self,
+        count: int,
+        size: int,
+        scale: tuple[float, float],
+        kind: ViewKind,
+        generator: torch.Generator,
+        aspects: Tensor | None = None,
+    ) -> ViewDraw:
+        """All random numbers of `count` views of `size` pixels; how many are taken from `generator` is fixed by `count`.
+
+        `scale` bounds the area of a crop as a share of the picture; `aspects` [count] are width / height of the
+        original pictures (1 where absent).
+        """
+        recipe = self.recipe
+        aspect = torch.ones(count) if aspects is None else aspects.float().cpu()
+        r = torch.rand(12, count, generator=generator)
+        angle = math.radians(recipe.rotation) * (2 * r[0] - 1)
+        jitter = r[1] < recipe.jitter
+        sigma = (recipe.blur_radius[0] + (recipe.blur_radius[1] - recipe.blur_radius[0]) * r[2]) * size / 224
+        return ViewDraw(
+            box=_crop(scale, recipe, aspect, angle, generator),
+            aspect=aspect,
+            angle=angle,
+            flip=torch.where(r[3] < recipe.flip, -1.0, 1.0),
+            colour=self._colour(r[4:8], generator),
+            brightness=torch.where(jitter, 1 + recipe.brightness * (2 * r[8] - 1), 1.0),
+            contrast=torch.where(jitter, 1 + recipe.contrast * (2 * r[9] - 1), 1.0),
+            gamma=torch.where(jitter, torch.exp(math.log(recipe.gamma) * (2 * r[10] - 1)), 1.0),
+            sigma=torch.where(r[11] < getattr(recipe.blur, kind), sigma, 0.0),
+            solarize=torch.rand(count, generator=generator) < getattr(recipe.solarize, kind),
+        )
+
+    def apply(self, pictures: Tensor, draw: ViewDraw, size: int) -> Tensor:
+        """uint8 [B, S, S, 3] → [B, 3, size, size], normalised; row i is a function of picture i and row i of `draw`."""
+        x = pictures.permute(0, 3, 1, 2).to(self.dtype).div_(255.0)
+        blurred = torch.nonzero(draw.sigma.cpu(), as_tuple=True)[0].to(x.device)
+        d = ViewDraw(*(v.to(self.dtype) if v.is_floating_point() else v for v in draw.to(x.device)))
+        x = _rotated(x, d, size, blurred) if self.recipe.rotation else _upright(x, d, size, blurred)
+        x = self._recolour(x.clamp_(0.0, 1.0), d)
+        if any(self.recipe.solarize):
+            x = torch.where(d.solarize.view(-1, 1, 1, 1) & (x >= 0.5), 1.0 - x, x)
+        return (x - self.mean.to(x.device)) / self.std.to(x.device)
+
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] → [B, 3, S, S], no randomness."""
+        x = pictures.permute(0, 3, 1, 2).to(self.dtype).div(255.0)
+        return (x - self.mean.to(x.device)) / self.std.to(x.device)
+
+    def _colour(self, r: Tensor, generator: torch.Generator) -> Tensor:
+        """Saturation, hue, grey and mixing as matrices [count, 3, 3] on RGB; `r` [4, count] are uniform."""
+        recipe, count = self.recipe, r.shape[1]
+        grey = _GREY.expand(3, 3)
+        saturation = (1 + recipe.saturation * (2 * r[0] - 1)).view(-1, 1, 1)
+        turn = 2 * math.pi * recipe.hue * (2 * r[1] - 1)
+        rotation = torch.zeros(count, 3, 3)
+        rotation[:, 0, 0] = 1.0
+        rotation[:, 1, 1] = rotation[:, 2, 2] = turn.cos()
+        rotation[:, 1, 2], rotation[:, 2, 1] = -turn.sin(), turn.sin()
+        hue = _FROM_YIQ @ rotation @ _TO_YIQ
+        matrix = hue @ (saturation * torch.eye(3) + (1 - saturation) * grey)
+        matrix = torch.where((r[2] < recipe.jitter).view(-1, 1, 1), matrix, torch.eye(3))
+        matrix = torch.where((r[3] < recipe.grey).view(-1, 1, 1), grey, matrix)
+        # Any mixture of the channels: colour must not identify a picture.
+        mix = torch.rand(count, 3, 3, generator=generator) * 2 - 0.5
+        mix = mix / mix.sum(2, keepdim=True).clamp(min=0.5)
+        use = torch.rand(count, generator=generator) < recipe.mix
+        return torch.where(use.view(-1, 1, 1), mix @ matrix, matrix)
+
+    def _recolour(self, x: Tensor, d: ViewDraw) -> Tensor:
+        def column(v: Tensor) -> Tensor:
+            return v.view(-1, 1, 1, 1)
+
+        x = torch.bmm(d.colour * d.brightness.view(-1, 1, 1), x.flatten(2)).view_as(x)
+        mean = x.mean((1, 2, 3), keepdim=True)
+        x = ((x - mean) * column(d.contrast)).add_(mean).clamp_(0.0, 1.0)
+        return x.pow(column(d.gamma)) if self.recipe.gamma != 1.0 else x
+
+
+def _crop(
+    scale: tuple[float, float], recipe: ViewRecipe, aspect: Tensor, angle: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Boxes [count, 4] of RandomResizedCrop in the original picture: area U(scale), log aspect ratio uniform, the first of
+    ten tries that fits, otherwise the largest that does; placed so that its rotation stays inside where that is possible."""
+    count = len(aspect)
+    low, high = (max(share, recipe.smallest_crop) for share in scale)
+    bounds = math.log(recipe.aspect[0]), math.log(recipe.aspect[1])
+    r = torch.rand(2, _TRIES, count, generator=generator)
+    area = low + r[0] * (high - low)
+    ratio = torch.exp(bounds[0] + r[1] * (bounds[1] - bounds[0]))
+    w, h = (area * ratio / aspect).sqrt(), (area * aspect / ratio).sqrt()
+    fits = (w <= 1) & (h <= 1)
+    first = fits.int().argmax(0, keepdim=True)  # 0 where none fits
+    w, h, some = w.gather(0, first)[0], h.gather(0, first)[0], fits.any(0)
+    nearest = aspect.clamp(*recipe.aspect)  # the whole picture, cut to an allowed aspect ratio
+    w = torch.where(some, w, (nearest / aspect).clamp(max=1.0))
+    h = torch.where(some, h, (aspect / nearest).clamp(max=1.0))
+    # Extent of the rotated crop; the share of it that exceeds the picture is filled by reflection.
+    cos, sin = angle.cos().abs(), angle.sin().abs()
+    wide, tall = cos * w + sin * h / aspect, sin * w * aspect + cos * h
+    at = torch.rand(2, count, generator=generator)
+    cx = 0.5 + (at[0] - 0.5) * (1 - wide).clamp(min=0.0)
+    cy = 0.5 + (at[1] - 0.5) * (1 - tall).clamp(min=0.0)
+    return torch.stack([cx, cy, w, h], 1)
+
+
+def _upright(x: Tensor, d: ViewDraw, size: int, blurred: Tensor) -> Tensor:
+    """The crop, resampled and, for the rows in `blurred`, blurred by the same two products."""
+    cx, cy, w, h = d.box.unbind(1)
+    across = _filter(cx - w / 2 * d.flip, w * d.flip, x.shape[3], size)
+    down = _filter(cy - h / 2, h, x.shape[2], size)
+    if len(blurred):
+        blur = _gaussian(d.sigma[blurred], size)
+        across[blurred], down[blurred] = blur @ across[blurred], blur @ down[blurred]
+    return _resample(x, down, across)
+
+
+def _rotated(x: Tensor, d: ViewDraw, size: int, blurred: Tensor) -> Tensor:
+    """The part of the picture that holds the rotated crop, resampled to √2 times the view, then turned."""
+    cx, cy, w, h = d.box.unbind(1)
+    cos, sin, aspect = d.angle.cos(), d.angle.sin(), d.aspect
+    # View (u, v) in −1…1 → picture in −1…1: scale and mirror, rotate in original coordinates, then squeeze.
+    to_picture = torch.stack(
+        [w * cos * d.flip, -h * sin / aspect, 2 * cx - 1, w * aspect * sin * d.flip, h * cos, 2 * cy - 1], 1
+    ).view(-1, 2, 3)
+    reach = to_picture[:, :, :2].abs().sum(2)  # half extent, x and y
+    low = (to_picture[:, :, 2] - reach).clamp(-1.0, 1.0)
+    high = (to_picture[:, :, 2] + reach).clamp(-1.0, 1.0)
+    side = math.ceil(size * math.sqrt(2))
+    start, extent = (low + 1) / 2, (high - low) / 2
+    canvas = _resample(
+        x, _filter(start[:, 1], extent[:, 1], x.shape[2], side), _filter(start[:, 0], extent[:, 0], x.shape[3], side)
+    )
+    scale = 1 / extent
+    theta = to_picture * scale.unsqueeze(2)
+    theta[:, :, 2] -= (low + high) / 2 * scale
+    grid = F.affine_grid(theta, [len(x), 3, size, size], align_corners=False)
+    view = F.grid_sample(canvas, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    if len(blurred):
+        blur = _gaussian(d.sigma[blurred], size)
+        view[blurred] = _resample(view[blurred], blur, blur)
+    return view
+
+
+def _resample(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """[B, 3, H, W] by `down` [B, h, H] and `across` [B, w, W] → [B, 3, h, w]."""
+    B, C, H, W = x.shape
+    x = torch.bmm(x.reshape(B, C * H, W), across.transpose(1, 2)).view(B, C, H, -1)
+    return torch.matmul(down.unsqueeze(1), x)
+
+
+def _filter(start: Tensor, extent: Tensor, source: int, size: int) -> Tensor:
+    """Weights [B, size, source] of antialiased bicubic resampling (Pillow's, a = −0.5) of a stretch of `source` pixels.
+
+    `start` and `extent` [B] are shares of the picture's side; a negative extent mirrors.
+    """
+    at = torch.arange(size, dtype=start.dtype, device=start.device) + 0.5
+    step = extent.view(-1, 1) * source / size
+    centre = start.view(-1, 1) * source + at * step  # [B, size], in source pixels
+    pixel = torch.arange(source, dtype=start.dtype, device=start.device) + 0.5
+    t = (pixel - centre.unsqueeze(2)).abs_().div_(step.abs().clamp(min=1.0).unsqueeze(2)).clamp_(max=2.0)
+    # Keys' cubic with a = −0.5; (t − 1)(t − 2)² and the near branch written so that few temporaries are needed.
+    near = (1.5 * t - 2.5).mul_(t).mul_(t).add_(1.0)
+    far = (t - 2.0).square_().mul_(t - 1.0).mul_(-0.5)
+    weight = torch.where(t < 1.0, near, far)
+    return weight.div_(weight.sum(2, keepdim=True))
+
+
+def _gaussian(sigma: Tensor, size: int) -> Tensor:
+    """Matrices [B, size, size] that blur a row of pixels."""
+    at = torch.arange(size, dtype=sigma.dtype, device=sigma.device)
+    squared = (at.view(-1, 1) - at).square_()
+    weight = torch.exp(-0.5 * squared / sigma.clamp(min=0.05).square().view(-1, 1, 1))
+    return weight.div_(weight.sum(2, keepdim=True))

@@ -1,0 +1,96 @@
+"""Near-duplicate pictures by perceptual hash: the same picture encoded or resized again, never a judgement of content.
+
+KoLeo pushes each embedding away from its nearest; copies of one picture must not be pushed apart.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from export.preprocess import Pixels
+
+Hashes = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float32]
+
+_ROWS, _COLUMNS = 16, 16
+_FLAT = 1.0  # grey levels: a smaller rise is noise, and the same bit in every copy
+MAX_DISTANCE = 12
+"""Bits of 256 in which copies may differ."""
+_BLOCK = 512
+
+
+def difference_hash(pixels: Pixels) -> Hashes:
+    """256-bit difference hashes [N, 4] of pictures uint8 [N, S, S, 3]: whether grey rises from each of 16×17 cells to its
+    right neighbour (Krawetz 2013, with a dead zone: flat areas give zeros)."""
+    side = pixels.shape[1]
+    down, across = _area(side, _ROWS), _area(side, _COLUMNS + 1)
+    out = np.empty((len(pixels), 4), np.uint64)
+    for low in range(0, len(pixels), 256):
+        part = pixels[low : low + 256]
+        grey = part @ np.array([0.299, 0.587, 0.114], np.float32)
+        cells = down @ grey @ across.T
+        bits = (cells[:, :, 1:] - cells[:, :, :-1]) > _FLAT
+        out[low : low + 256] = np.packbits(bits.reshape(len(part), -1), axis=1).view(np.uint64)
+    return out
+
+
+def _area(source: int, cells: int) -> Floats:
+    """Weights [cells, source] of the mean over equal stretches of `source` pixels."""
+    edges = np.linspace(0, source, cells + 1)
+    pixel = np.arange(source)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    weights: Floats = (np.clip(overlap, 0, None) * (cells / source)).astype(np.float32)
+    return weights
+
+
+def near_duplicates(hashes: Hashes, max_distance: int = MAX_DISTANCE, threads: int = 1) -> npt.NDArray[np.int64]:
+    """Group ids [N] from hashes uint64 [N, W]: pictures within `max_distance` bits share one, and so do chains of them.
+
+    Exact. A group's id is the smallest position in it. All pairs are compared whose numbers of ones allow it, by
+    their first word before the others; memory does not grow with the pairs.
+    """
+    unique, inverse = np.unique(hashes, axis=0, return_inverse=True)
+    ones = np.bitwise_count(unique).sum(1, dtype=np.int64)
+    order = np.argsort(ones, kind="stable")
+    sorted_hashes, sorted_ones = np.ascontiguousarray(unique[order].T), ones[order]
+    ends = np.searchsorted(sorted_ones, sorted_ones + max_distance, side="right")
+
+    def pairs(low: int) -> npt.NDArray[np.int64]:
+        high = min(low + _BLOCK, len(unique))
+        end = int(ends[high - 1])
+        found = []
+        # A piece of the columns at a time stays in the processor's cache.
+        for start in range(low, end, 8192):
+            stop = min(start + 8192, end)
+            close = np.bitwise_count(sorted_hashes[0, low:high, None] ^ sorted_hashes[0, None, start:stop])
+            i, j = np.nonzero(close <= max_distance)
+            i, j = i + low, j + start
+            i, j = i[i < j], j[i < j]
+            distance = np.bitwise_count(sorted_hashes[:, i] ^ sorted_hashes[:, j]).sum(0, dtype=np.int64)
+            near = distance <= max_distance
+            found.append(np.stack([i[near], j[near]], 1))
+        return np.concatenate(found)
+
+    parent = list(range(len(unique)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    with ThreadPoolExecutor(threads) as pool:
+        for part in pool.map(pairs, range(0, len(unique), _BLOCK)):
+            for i, j in part.tolist():
+                a, b = root(i), root(j)
+                if a != b:
+                    parent[max(a, b)] = min(a, b)
+    of_unique = np.empty(len(unique), np.int64)
+    of_unique[order] = [root(i) for i in range(len(unique))]
+    component = of_unique[inverse.reshape(-1)]
+    _, first, back = np.unique(component, return_index=True, return_inverse=True)
+    groups: npt.NDArray[np.int64] = first[back].astype(np.int64)
+    return groups
