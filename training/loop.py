@@ -21,6 +21,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
@@ -37,6 +38,7 @@ from export.bundle import (
 )
 from export.preprocess import PreprocessSpec, UnreadablePictureError, preprocess
 from export.runtime import cpu_quota
+from training.alarms import alarms
 from training.cache import PictureCache, build_cache
 from training.checkpoint import NAME as CHECKPOINT
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -45,9 +47,9 @@ from training.encoder import Student, Teacher, build_vit, load_initial, reset_li
 from training.head import Head
 from training.masks import block_masks
 from training.memory import RingMemory
-from training.monitor import SAMPLE, Health, Monitor, alarms
+from training.monitor import SAMPLE, Health, Monitor, read_history
 from training.schedules import cosine, linear_warmup, warmup_cosine
-from training.sop import draw_prototypes, image_loss, koleo, patch_loss
+from training.sop import draw_prototypes, image_loss, koleo, patch_loss, vote_statistics
 from training.views import Views
 
 INTERRUPTED = 130
@@ -227,12 +229,12 @@ class Trainer:
             start = loaded.step
             self.load(loaded.state)
         self._announce()
-        monitor = self._monitor()
+        monitor = self._monitor(resumed=loaded is not None)
         if loaded is not None:
             self.console.print(f"continuing at step {start:,} of {r.steps:,}")
         self.save(start)  # also after a resume: a kill may have come between the checkpoint and the encoder
         log = MetricsLog(self.run / "metrics.jsonl", start)
-        history: list[Health] = []
+        history = read_history(self.run / "metrics.jsonl")
         self._measure(start, monitor, log, history)
 
         every = max(1, min(20, r.steps // 50))
@@ -277,27 +279,38 @@ class Trainer:
         )  # fmt: skip
 
     def _measure(self, step: int, monitor: Monitor, log: MetricsLog, history: list[Health]) -> None:
+        health = monitor.measure(self.teacher, lambda heads: self._diagnostics(heads, step), step)
+        history.append(health)
+        log.write(**health.line())
+        knn = "" if math.isnan(health.knn) else f"   kNN {health.knn:.1f} %"
+        self.console.print(
+            f"step {step:>6,}   mean cosine {health.features.mean_cosine:.3f} (head {health.heads.mean_cosine:.3f})   "
+            f"effective rank {health.features.effective_rank:.1f}   H(mean vote) "
+            f"{health.diagnostics['mean_vote_entropy']:.2f} of {health.diagnostics['max_entropy']:.2f}{knn}"
+        )
+        for alarm in alarms(history, step / max(1, self.recipe.steps)):
+            self.console.print(f"ALARM {alarm}", style="bold red")
+            log.write(step=step, alarm=str(alarm), kind=alarm.kind)
+
+    def _diagnostics(self, heads: Tensor, step: int) -> dict[str, float]:
+        """The votes of the sample's head outputs [M, d]."""
         r = self.recipe
         temperature = linear_warmup(
             step, r.steps, r.teacher_temperature[0], r.teacher_temperature[1], r.temperature_warmup
         )
-        health = monitor.measure(
-            self.teacher, self.memory.rows, r.anchors, r.support, r.smoothing, temperature, derive(r.seed, "health", 0)
-        )
-        history.append(health)
-        values = {name: value for name, value in health._asdict().items() if not math.isnan(value)}
-        log.write(step=step, health=True, **values)
-        knn = "" if math.isnan(health.knn) else f"   kNN {health.knn:.1f} %"
-        self.console.print(
-            f"step {step:>6,}   mean cosine {health.mean_cosine:.3f} (head {health.head_mean_cosine:.3f})   "
-            f"effective rank {health.effective_rank:.1f}   H(mean vote) {health.mean_vote_entropy:.2f} of "
-            f"{math.log(r.anchors):.2f}{knn}"
-        )
-        for sentence in alarms(history, step / max(1, r.steps), r.anchors):
-            self.console.print(f"ALARM {sentence}", style="bold red")
-            log.write(step=step, alarm=sentence)
+        generator = torch.Generator().manual_seed(derive(r.seed, "health", 0))
+        prototypes = draw_prototypes(self.memory.rows.cpu().float(), r.anchors, r.support, generator, r.smoothing)
+        votes = vote_statistics(heads, prototypes, temperature)
+        q = (heads @ prototypes.D.flatten(0, 1).T / temperature).softmax(-1)
+        values = {
+            "vote_entropy": votes.entropy, "mean_vote_entropy": votes.entropy_of_mean,
+            "max_entropy": math.log(r.anchors), "leak": votes.leak, "support_cosine": votes.support_cosine,
+            "voter_entropy": float(-(q * q.clamp_min(1e-12).log()).sum(-1).mean()),
+            "voter_max_entropy": math.log(q.shape[1]),
+        }  # fmt: skip
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
-    def _monitor(self) -> Monitor:
+    def _monitor(self, resumed: bool) -> Monitor:
         """A sample of the pictures, prepared as at inference, with folder names as labels where there are several."""
         order = np.random.default_rng(self.recipe.seed).permutation(len(self.cache))[:SAMPLE]
         sample = [self.cache.pictures[i] for i in sorted(order)]
@@ -317,9 +330,15 @@ class Trainer:
         labels = None
         if 1 < len(classes) <= len(names) // 2 and "" not in classes:
             labels = torch.tensor([classes.index(name) for name in names])
-        monitor = Monitor(torch.from_numpy(np.stack(rows)), labels, self.views, self.device)
-        for name, accuracy in monitor.baselines().items():
-            self.console.print(f"to beat: kNN {accuracy:.1f} % from {name} ({len(classes)} folders as labels)")
+        monitor = Monitor(torch.from_numpy(np.stack(rows)), labels, self.views.normalise, self.device)
+        stored = self.run / "monitor.safetensors"
+        if stored.is_file() and resumed:
+            monitor.load(load_file(stored))
+        else:
+            monitor.start(monitor.features(self.teacher)[0])
+            write_file(stored, save_safetensors(monitor.state()))
+        for line in monitor.lines():
+            self.console.print(line)
         return monitor
 
     def _steps_that_fit(self, minutes: float) -> int:
