@@ -1,132 +1,235 @@
-"""Knowing whether it works, without labels: collapse shows in the embeddings of a fixed sample before it shows elsewhere."""
+"""Knowing whether it works: measurements on a fixed sample, beside what the same sample's pixels and the untrained network
+give. `training/alarms.py` turns them into sentences; docs/monitors.md says what healthy and unhealthy runs measured."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from export.bundle import RefusalError
 from training.encoder import Teacher
-from training.knn import knn_accuracy, pixel_features
-from training.views import Views
+from training.knn import pixel_features
+from training.statistics import (
+    CLUSTERS,
+    NEIGHBOURS,
+    EmbeddingStatistics,
+    K,
+    difference,
+    effective_rank,
+    embedding_statistics,
+    knn_right,
+    mean_cosine,
+    nearest,
+    overlap,
+)
+
+__all__ = ["SAMPLE", "Health", "Monitor", "effective_rank", "mean_cosine", "read_history"]
 
 SAMPLE = 2000
+RAW, GREY, UNTRAINED = "raw pixels", "grey pixels", "untrained network"
+BASELINES = (RAW, GREY, UNTRAINED)
+_STATISTICS = ("mean_cosine", "std", "effective_rank", "neighbour_cosine", "neighbour_excess", "line_share")
 
 
-class Health(NamedTuple):
-    """Measurements on the teacher's embeddings of the sample."""
+@dataclass(frozen=True)
+class Health:
+    """One measurement of the teacher."""
 
-    mean_cosine: float
-    """Mean cosine between the [CLS] features of different pictures; 1 is collapse to a point."""
-    effective_rank: float
-    """RankMe: exp of the entropy of the normalised singular values of the features."""
-    head_mean_cosine: float
-    """The same cosine on the head's output, which the objective compares."""
-    vote_entropy: float
-    """H(P_t), nats."""
-    mean_vote_entropy: float
-    """H(mean P_t), nats; ln P at best."""
-    max_entropy: float
-    """ln P."""
-    leak: float
-    """Leaked share of the votes."""
-    support_cosine: float
-    """Mean cosine of anchors and supports."""
-    knn: float
-    """Leave-one-out kNN accuracy in %, by the first folder's name; nan without such labels."""
+    step: int
+    """Steps done."""
+    features: EmbeddingStatistics
+    """Of the backbone's [CLS] features, which are exported."""
+    heads: EmbeddingStatistics
+    """Of the head's outputs, which the objective compares."""
+    initial: EmbeddingStatistics
+    """Of the features at step 0."""
+    knn: float = math.nan
+    """Leave-one-out kNN accuracy in %, k = 20, temperature 0.07; nan without labels."""
+    lead: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Per baseline: kNN minus the baseline's kNN and the standard error of the difference, in points; empty without
+    labels."""
+    overlap: dict[str, float] = field(default_factory=dict)
+    """Per baseline: share of the 10 nearest neighbours that the baseline finds too, 0…1."""
+    chance: float = 0.0
+    """The overlap of unrelated neighbour lists, 10 / (M − 1)."""
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    """The method's own: vote_entropy, mean_vote_entropy, max_entropy, voter_entropy, voter_max_entropy, leak,
+    support_cosine, memory_age, ...; what does not apply is absent."""
+
+    def line(self) -> dict[str, Any]:
+        """Flat values for metrics.jsonl; what is nan is left out."""
+        values: dict[str, Any] = {"step": self.step, "health": True, "knn": self.knn, "chance_overlap": self.chance}
+        for prefix, statistics in (("", self.features), ("head_", self.heads), ("initial_", self.initial)):
+            values |= {prefix + name: getattr(statistics, name) for name in _STATISTICS}
+            values |= {f"{prefix}cluster_share_{k}": s for k, s in zip(CLUSTERS, statistics.cluster_share, strict=True)}
+        for name, (points, error) in self.lead.items():
+            values |= {f"knn_over {name}": points, f"knn_over {name} error": error}
+        values |= {f"overlap {name}": value for name, value in self.overlap.items()}
+        values |= self.diagnostics
+        return {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v))}
+
+    @classmethod
+    def from_line(cls, values: dict[str, Any]) -> Health:
+        """The inverse of `line`."""
+        left = {k: v for k, v in values.items() if k not in ("step", "health")}
+
+        def take(name: str) -> float:
+            return float(left.pop(name, math.nan))
+
+        def statistics(prefix: str) -> EmbeddingStatistics:
+            shares = tuple(take(f"{prefix}cluster_share_{k}") for k in CLUSTERS)
+            return EmbeddingStatistics(**{name: take(prefix + name) for name in _STATISTICS}, cluster_share=shares)
+
+        features, heads, initial = statistics(""), statistics("head_"), statistics("initial_")
+        lead = {n: (take(f"knn_over {n}"), take(f"knn_over {n} error")) for n in BASELINES if f"knn_over {n}" in left}
+        shared = {n: take(f"overlap {n}") for n in BASELINES if f"overlap {n}" in left}
+        knn, chance = take("knn"), take("chance_overlap")
+        rest = {name: float(value) for name, value in left.items()}
+        return cls(int(values["step"]), features, heads, initial, knn, lead, shared, chance, rest)
+
+
+def read_history(metrics: Path, until: int | None = None) -> list[Health]:
+    """The measurements in a run's metrics.jsonl, in order, up to and without step `until`: what `alarms` needs after a
+    resume. Lines that a kill cut short are left out."""
+    found = []
+    for line in metrics.read_text().splitlines() if metrics.is_file() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if "health" in values and (until is None or values["step"] < until):
+            found.append(Health.from_line(values))
+    return found
 
 
 class Monitor:
-    """Embeds a fixed sample and says what it sees.
+    """Embeds a fixed sample and measures it.
 
-    `pictures` uint8 [M, size, size, 3] are preprocessed as at inference; `labels` [M] or None.
+    `pictures` uint8 [M, size, size, 3], preprocessed as at inference; `labels` int64 [M] in 0…classes − 1, or None;
+    `normalise` uint8 [B, size, size, 3] → float32 [B, 3, size, size]. Raises `RefusalError` for fewer than 3 pictures.
+
+    Call `start` once at step 0, or `load` after a resume; then `measure` as often as wanted.
     """
 
-    def __init__(self, pictures: Tensor, labels: Tensor | None, views: Views, device: torch.device) -> None:
+    def __init__(
+        self, pictures: Tensor, labels: Tensor | None, normalise: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
+        if len(pictures) < 3:
+            raise RefusalError(
+                f"{len(pictures)} of the sampled pictures can be read, the monitors need at least 3: restore the folder"
+            )
         self.pictures = pictures
         self.labels = labels
-        self._views = views
+        self._normalise = normalise
         self._device = device
+        self._neighbours: dict[str, Tensor] = {}
+        self._right: dict[str, Tensor] = {}
+        self._initial: EmbeddingStatistics | None = None
 
     def features(self, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """[CLS] features [M, C] and head outputs [M, d], float32 on the CPU."""
         features, heads = [], []
         with torch.no_grad():
             for part in self.pictures.split(256):
-                cls = teacher.vit.forward_features(self._views.normalise(part.to(self._device)))[:, 0]
+                cls = teacher.vit.forward_features(self._normalise(part.to(self._device)))[:, 0]
                 features.append(cls.float().cpu())
                 heads.append(teacher.head(cls).float().cpu())
         return torch.cat(features), torch.cat(heads)
 
-    def measure(self, teacher: Teacher, diagnostics: Callable[[Tensor], dict[str, float]]) -> Health:
-        """Health of the teacher."""
-        features, heads = self.features(teacher)
-        votes = diagnostics(heads)
-        knn = math.nan
-        if self.labels is not None:
-            knn = 100 * knn_accuracy(features, self.labels, features, self.labels, leave_one_out=True)
-        return Health(
-            mean_cosine(features), effective_rank(features), mean_cosine(heads),
-            votes["vote_entropy"], votes["mean_vote_entropy"], votes["max_entropy"], votes.get("leak", math.nan),
-            votes.get("support_cosine", math.nan), knn,
-        )  # fmt: skip
+    # --- baselines ----------------------------------------------------------------------------------------------
+
+    def start(self, features: Tensor) -> None:
+        """Compute and keep the baselines: raw pixels, grey pixels, and `features` [M, C] of the network at step 0
+        (untrained, or what --init gave)."""
+        sources = {
+            RAW: pixel_features(self.pictures, grey=False),
+            GREY: pixel_features(self.pictures, grey=True),
+            UNTRAINED: features,
+        }
+        self._initial = embedding_statistics(features)
+        for name, x in sources.items():
+            found = nearest(torch.nan_to_num(x), K)
+            self._neighbours[name] = found.rows[:, :NEIGHBOURS].to(torch.int32)
+            if self.labels is not None:
+                self._right[name] = knn_right(found, self.labels)
 
     def baselines(self) -> dict[str, float]:
-        """Leave-one-out kNN accuracy in % of raw pixels and of grey, normalised ones; empty without labels."""
-        if self.labels is None:
+        """Leave-one-out kNN accuracy in % per baseline; empty without labels. After `start` or `load`."""
+        return {name: 100 * float(right.float().mean()) for name, right in self._right.items()}
+
+    def lines(self) -> list[str]:
+        """What to print at step 0 of every run: each baseline's kNN, or without labels how far their neighbours agree."""
+        if self._right:
+            classes = int(self.labels.max()) + 1 if self.labels is not None else 0
+            return [f"to beat: kNN {value:4.1f} % from {name} ({classes} folders as labels)"
+                    for name, value in self.baselines().items()]  # fmt: skip
+        chance = NEIGHBOURS / (len(self.pictures) - 1)
+        return [
+            f"baseline: {100 * overlap(self._neighbours[UNTRAINED], self._neighbours[name]):4.1f} % of the untrained "
+            f"network's {NEIGHBOURS} nearest neighbours are those of {name} (chance {100 * chance:.1f} %; no labels)"
+            for name in (RAW, GREY)
+        ]
+
+    def state(self) -> dict[str, Tensor]:
+        """The baselines as small tensors, for a file or the checkpoint."""
+        if self._initial is None:
             return {}
-        result = {}
-        for name, grey in (("raw pixels", False), ("grey, normalised pixels", True)):
-            x = pixel_features(self.pictures, grey)
-            result[name] = 100 * knn_accuracy(x, self.labels, x, self.labels, leave_one_out=True)
-        return result
+        statistics = [getattr(self._initial, name) for name in _STATISTICS] + list(self._initial.cluster_share)
+        state = {"initial": torch.tensor(statistics, dtype=torch.float64)}
+        state |= {f"neighbours/{name}": value for name, value in self._neighbours.items()}
+        return state | {f"right/{name}": value.to(torch.uint8) for name, value in self._right.items()}
 
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`. Raises `RefusalError` when it belongs to another sample."""
+        rows = {len(value) for name, value in state.items() if name != "initial"}
+        labelled = any(name.startswith("right/") for name in state)
+        if "initial" not in state or rows != {len(self.pictures)} or labelled != (self.labels is not None):
+            found = ", ".join(str(n) for n in sorted(rows)) or "no"
+            raise RefusalError(
+                f"the stored baselines are of {found} pictures {'with' if labelled else 'without'} labels, the sample has "
+                f"{len(self.pictures)} {'with' if self.labels is not None else 'without'}: restore the pictures, or "
+                "choose another --out"
+            )
+        values = state["initial"].tolist()
+        shares = tuple(values[len(_STATISTICS) :])
+        self._initial = EmbeddingStatistics(**dict(zip(_STATISTICS, values, strict=False)), cluster_share=shares)
+        self._neighbours = {name: state[f"neighbours/{name}"] for name in BASELINES}
+        self._right = {name: state[f"right/{name}"].bool() for name in BASELINES if labelled}
 
-def mean_cosine(x: Tensor) -> float:
-    """Mean cosine between different rows of x [M, D]."""
-    x = F.normalize(x.double(), dim=1)
-    total = x.sum(0)
-    count = len(x)
-    return float((total @ total - count) / (count * (count - 1)))
+    # --- measuring ----------------------------------------------------------------------------------------------
 
+    def measure(self, teacher: Teacher, diagnostics: Callable[[Tensor], dict[str, float]], step: int = 0) -> Health:
+        """Health of the teacher. `diagnostics` gets the head's outputs [M, d] float32 on the CPU. The first measurement
+        without `start` or `load` before it takes this teacher as the network at step 0."""
+        features, heads = self.features(teacher)
+        return self.judge(features, heads, diagnostics(heads), step)
 
-def effective_rank(x: Tensor) -> float:
-    """RankMe (Garrido et al. 2023): exp(−Σ p ln p), p the singular values of x [M, D] over their sum."""
-    values = torch.linalg.svdvals(x.double())
-    p = values / values.sum().clamp_min(1e-12) + 1e-12
-    return float((-(p * p.log()).sum()).exp())
-
-
-def alarms(history: list[Health], progress: float) -> list[str]:
-    """Sentences about the latest measurement; empty while all is well. `progress` is the share of the steps done.
-
-    Embedding statistics decide, after warm-up only: a loss near ln P is no alarm by itself (spec/sop.md section 8).
-    """
-    now = history[-1]
-    found = []
-    if not math.isfinite(now.mean_cosine):
-        found.append("the embeddings are not finite: lower --lr, or use --precision float32")
-        return found
-    if progress < 0.15 or len(history) < 2:
-        return found
-    # The head's outputs are what the objective spreads; features share a large mean in healthy ViTs.
-    if now.head_mean_cosine > 0.95:
-        found.append(
-            f"collapse: the mean cosine between different pictures is {now.head_mean_cosine:.3f}, all embeddings are "
-            "nearly one point: raise --koleo-weight (0.1), lower --lr, or start from trained weights with --init"
-        )
-    elif now.mean_vote_entropy < 0.3 * now.max_entropy:
-        found.append(
-            f"collapse: the mean vote's entropy is {now.mean_vote_entropy:.2f} of ln P = {now.max_entropy:.2f}, few "
-            "prototypes are used: raise --koleo-weight or the batch size"
-        )
-    if now.effective_rank < 3 and now.effective_rank <= history[-2].effective_rank:
-        found.append(
-            f"dimensional collapse: the effective rank is {now.effective_rank:.1f} and not rising: raise "
-            "--koleo-weight, or lower --lr"
-        )
-    return found
+    def judge(self, features: Tensor, heads: Tensor, diagnostics: dict[str, float], step: int = 0) -> Health:
+        """Health of given features [M, C] and head outputs [M, d]."""
+        if self._initial is None:
+            self.start(features)
+        assert self._initial is not None
+        mine = embedding_statistics(features)
+        knn = math.nan
+        lead: dict[str, tuple[float, float]] = {}
+        shared: dict[str, float] = {}
+        if not math.isnan(mine.mean_cosine):
+            found = nearest(features, K)
+            shared = {
+                name: overlap(found.rows[:, :NEIGHBOURS], other.long()) for name, other in self._neighbours.items()
+            }
+            if self.labels is not None:
+                right = knn_right(found, self.labels)
+                knn = 100 * float(right.float().mean())
+                lead = {name: difference(right, other) for name, other in self._right.items()}
+        return Health(
+            step, mine, embedding_statistics(heads), self._initial, knn, lead, shared,
+            NEIGHBOURS / (len(self.pictures) - 1), diagnostics,
+        )  # fmt: skip

@@ -29,7 +29,6 @@ from training.encoder import Student, Teacher, build_vit, reset_linear_layers
 from training.head import Head
 from training.loop import clip_each, derive
 from training.masks import block_masks
-from training.monitor import Health, alarms
 
 CPU = Hardware("cpu", "2 CPU threads", 2, False)
 
@@ -296,17 +295,6 @@ def test_block_masks_stay_below_their_ratio() -> None:
     assert share[share > 0].mean().item() > 0.15
     again = block_masks(200, 14, 14, 0.5, (0.1, 0.5), torch.Generator().manual_seed(0))
     assert torch.equal(masks, again)
-
-
-def test_alarms_speak_on_collapse_and_keep_silent_in_health() -> None:
-    healthy = Health(0.3, 15.0, 0.3, 2.0, 4.0, 0.1, 0.8, math.nan)
-    assert alarms([healthy, healthy], 0.5, 64) == []
-    point = healthy._replace(head_mean_cosine=0.999, effective_rank=1.5)
-    found = alarms([healthy, point], 0.5, 64)
-    assert any("nearly one point" in s for s in found) and any("dimensional" in s for s in found)
-    assert alarms([healthy, point], 0.05, 64) == []  # not during warm-up
-    few = healthy._replace(mean_vote_entropy=0.5)
-    assert any("few prototypes" in s for s in alarms([healthy, few], 0.5, 64))
 
 
 def test_seeds_of_different_steps_differ() -> None:
