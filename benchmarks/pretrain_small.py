@@ -24,10 +24,10 @@ from benchmarks.record import cpu_name, finish
 from export.bundle import read_run
 from export.preprocess import find_pictures, preprocess
 from tests.shapes import write_shapes
+from training.command import train
 from training.config import Train
 from training.encoder import build_vit
 from training.knn import knn_accuracy, pixel_features
-from training.loop import train
 from training.monitor import effective_rank, mean_cosine
 from training.views import Views
 

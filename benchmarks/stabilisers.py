@@ -24,9 +24,9 @@ from benchmarks.record import cpu_name, finish
 from export.bundle import read_run
 from export.preprocess import find_pictures
 from tests.shapes import write_shapes
+from training.command import train
 from training.config import Train
 from training.knn import knn_accuracy, pixel_features
-from training.loop import train
 from training.monitor import effective_rank, mean_cosine
 
 NANO = {"encoder": "vit_nano", "patch_size": 8, "image_size": 32}

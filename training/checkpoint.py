@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from export.bundle import RefusalError, make_folder, write_file
 
@@ -77,3 +78,13 @@ def load_checkpoint(run: Path) -> Checkpoint | None:
         raise RefusalError(
             f"{path} cannot be read ({type(e).__name__}): it is damaged; choose another --out to start again"
         ) from e
+
+
+def save_offending_step(
+    run: Path, identity: dict[str, Any], step: int, state: dict[str, Any], keys: list[str], terms: dict[str, Tensor]
+) -> None:
+    """Keep what a step with a loss that is not finite began with: state, pictures (their keys) and loss terms."""
+    buffer = io.BytesIO()
+    stored = {"identity": json.dumps(identity), "step": step, "state": state, "pictures": keys, "terms": terms}
+    torch.save(stored, buffer)
+    write_file(run / "offending-step.pt", buffer.getvalue())

@@ -1,4 +1,4 @@
-"""What a run is asked for (`Train`), and what that resolves to (`Recipe`), each automatic choice with its reason."""
+"""What a run is asked for (`Train`), what that resolves to (`Recipe`), and what the choices depend on (`Hardware`)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliPositionalArg
-
-from export.bundle import RefusalError
-
-MIN_PICTURES = 32
 
 
 class Train(BaseModel):
@@ -42,9 +38,10 @@ class Train(BaseModel):
     """Side of a patch, in pixels."""
     fit: Literal["crop", "pad"] = "crop"
     """How whole pictures become squares at inference: crop the centre, or pad to the longer side."""
-    views: Literal["photographs", "products", "orientation-free", "documents", "greyscale"] = "photographs"
+    views: Literal["auto", "photographs", "products", "orientation-free", "documents", "greyscale"] = "auto"
     """photographs: flips, colour jitter, grey, blur. products: colours are kept. orientation-free: adds free rotation
-    and colour mixing (microscopy, aerial pictures, parts, drawn shapes)."""
+    and colour mixing (microscopy, aerial pictures, parts, drawn shapes). documents: no flips, hardly any rotation.
+    greyscale: light only, mild rotation (medical). auto looks at the pictures; it cannot tell products apart."""
     batch_size: int | None = Field(None, ge=2)
     """Pictures per step."""
     local_crops: int | None = Field(None, ge=0)
@@ -61,10 +58,17 @@ class Train(BaseModel):
     """sop, or a baseline in the same loop: massl (SOP without support embeddings, over all blocks), dino."""
     memory: int | None = Field(None, ge=8)
     """N_C, rows of the global memory."""
+    patch_memory: int | None = Field(None, ge=8)
+    """N_P, rows of the patch memory."""
     anchors: int | None = Field(None, ge=2)
     """P, self-organizing prototypes per step (the paper's K)."""
     support: int | None = Field(None, ge=0)
     """k, support embeddings per anchor."""
+    support_weight: Literal["cosine", "rescaled", "constant"] | None = None
+    """How much of its vote a support embedding gives to its anchor: its cosine (paper), that above the memory's random
+    level, or all."""
+    halved_anchors: bool = False
+    """Repeat the released code's quirk: 2P anchors are drawn, half of them kept."""
     smoothing: float | None = Field(None, ge=0, lt=1)
     """ε, what the anchor's vote lacks to 1."""
     tasks: int | None = Field(None, ge=1)
@@ -94,22 +98,42 @@ class Train(BaseModel):
     balanced over the batch by Sinkhorn–Knopp."""
     mim_weight: float | None = Field(None, ge=0)
     """Weight of the SOP-MIM loss on masked patches."""
+    mask_kind: Literal["block", "random"] = "block"
+    """Shape of the masks."""
+    mask_ratio: tuple[float, float] | None = None
+    """Smallest and largest masked share of a masked crop's patches."""
+    mask_probability: float | None = Field(None, ge=0, le=1)
+    """Share of the global crops that are masked."""
+    head_steps: int | None = Field(None, ge=0)
+    """With --init: steps in which the head alone learns; until the memory has turned over once where absent."""
+    backbone_lr: float | None = Field(None, gt=0)
+    """With --init: the backbone's learning rate, as a share of the head's."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """With --init: factor on the learning rate per block, from the last to the first."""
     seed: int = 0
     """Random seed."""
 
     # --- speed only
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the backbone; similarities and losses are float32 always."""
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Of the backbone; similarities and losses are float32 (float64: everything, for comparisons)."""
+    accumulate: int = Field(1, ge=1)
+    """Compute each batch in this many parts: less memory, a third more time, the same result."""
+    compile: bool = False
+    """torch.compile of every block: pays off in long runs on a GPU."""
+    checkpoint_activations: bool = False
+    """Less memory, a third more time: blocks are computed again in the backward pass."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; the process's quota where absent."""
     checkpoint_minutes: float = Field(2.0, gt=0)
     """Time between checkpoints."""
+    plan: bool = False
+    """Print what would run and how long, how much memory and disk it takes, then stop."""
 
     def cli_cmd(self) -> int:
         """Run the command."""
-        from training.loop import train
+        from training.command import train
 
         return train(self)
 
@@ -171,6 +195,10 @@ class Recipe(BaseModel):
     """k of the image loss."""
     patch_support: int
     """k of SOP-MIM."""
+    support_weight: Literal["cosine", "rescaled", "constant"]
+    """See `Train`."""
+    halved_anchors: bool
+    """See `Train`."""
     smoothing: float
     """ε."""
     tasks: int
@@ -207,6 +235,8 @@ class Recipe(BaseModel):
     """Weight of the mean vote's entropy gap."""
     mim_weight: float
     """Weight of SOP-MIM."""
+    mask_kind: Literal["block", "random"]
+    """See `Train`."""
     mask_probability: float
     """Share of the global crops that are masked."""
     mask_ratio: tuple[float, float]
@@ -215,40 +245,14 @@ class Recipe(BaseModel):
     """Stochastic depth of the student's last block."""
     init: str | None
     """Initial weights."""
+    head_steps: int
+    """Steps with a frozen backbone."""
+    backbone_lr: float
+    """The backbone's learning rate, as a share of the head's."""
+    layer_decay: float
+    """Factor on it per block, from the last to the first."""
     seed: int
     """Random seed."""
-
-
-# Fields whose change leaves the result the same are not in Recipe. Values: spec/sop.md 2.1 (paper), section 8 (small).
-_PAPER: dict[str, Any] = {
-    "global_scale": (0.25, 1.0), "local_scale": (0.05, 0.25), "local_crops": 10, "batch_size": 1024,
-    "min_lr": 1e-6, "lr_warmup": 0.1, "weight_decay": (0.04, 0.4), "clip": 3.0,
-    "memory": 65536, "patch_memory": 8192, "anchors": 4096, "patch_anchors": 512, "support": 8, "patch_support": 0,
-    "smoothing": 0.1, "head_dim": 256, "head_hidden": 2048, "weight_init": "trunc_normal",
-    "student_temperature": 0.1, "teacher_temperature": (0.04, 0.07), "temperature_warmup": 0.1, "momentum": 0.996,
-    "tasks": 1, "prototypes": 65536, "prototype_freeze": 0.01, "centre_momentum": 0.9, "teacher_votes": "softmax",
-    "koleo_weight": (0.0, 0.0), "variance_weight": 0.0, "sigreg_weight": 0.0, "mean_entropy_weight": 0.0,
-    "mim_weight": 1.0, "mask_probability": 0.5, "mask_ratio": (0.1, 0.5), "drop_path": 0.1,
-}  # fmt: skip
-_SMALL: dict[str, Any] = {
-    **_PAPER,
-    "global_scale": (0.4, 1.0), "local_scale": (0.1, 0.4), "local_crops": 2, "batch_size": 64,
-    "weight_decay": (0.04, 0.04), "support": 4, "smoothing": 0.0, "head_dim": 128, "head_hidden": 512,
-    "weight_init": "default", "teacher_temperature": (0.04, 0.04), "temperature_warmup": 0.2, "momentum": 0.99,
-    "koleo_weight": (0.1, 0.1), "mim_weight": 0.0, "prototypes": 1024, "drop_path": 0.0,
-}  # fmt: skip
-
-# Flags that a recipe takes over unchanged.
-_TAKEN_AS_GIVEN = (
-    "support", "smoothing", "tasks", "prototypes", "head_dim", "student_temperature", "momentum", "variance_weight",
-    "sigreg_weight", "mean_entropy_weight", "teacher_votes", "mim_weight", "local_crops",
-)  # fmt: skip
-SMALL_BELOW = 50_000
-# timm's own class at sizes that two cores train: about 1 M and 0.1 M parameters.
-_OWN: dict[str, dict[str, Any]] = {
-    "vit_micro": {"embed_dim": 128, "depth": 5, "num_heads": 4},
-    "vit_nano": {"embed_dim": 64, "depth": 2, "num_heads": 4},
-}
 
 
 @dataclass(frozen=True)
@@ -259,136 +263,3 @@ class Hardware:
     name: str
     threads: int
     fast_bf16: bool
-
-
-def resolve(asked: Train, pictures: int, hardware: Hardware) -> tuple[Recipe, dict[str, str]]:
-    """Turn a request into a recipe; also returns the reason of each automatic choice. `steps` may be 0 with `minutes`.
-
-    Raises `RefusalError` on contradictions.
-    """
-    if pictures < MIN_PICTURES:
-        raise RefusalError(
-            f"{asked.pictures} holds {pictures} readable pictures, at least {MIN_PICTURES} are needed to train: add "
-            "pictures, or index them with a bundle that exists"
-        )
-    given = {"epochs": asked.epochs, "steps": asked.steps, "minutes": asked.minutes}
-    if sum(value is not None for value in given.values()) > 1:
-        names = " and ".join(f"--{name}" for name, value in given.items() if value is not None)
-        raise RefusalError(f"{names} were given together: choose one")
-
-    why: dict[str, str] = {}
-    values: dict[str, Any] = {}
-    preset = asked.preset
-    if preset == "auto":
-        preset = "small" if pictures < SMALL_BELOW or hardware.device == "cpu" else "paper"
-        why["preset"] = (
-            f"{pictures:,} pictures, fewer than {SMALL_BELOW:,}: without a stabiliser the objective collapses"
-            if pictures < SMALL_BELOW
-            else f"{pictures:,} pictures on {hardware.name}"
-        )
-    values.update(_PAPER if preset == "paper" else _SMALL)
-    values["preset"] = preset
-
-    values.update(_choose_encoder(asked, hardware, why))
-    size, patch = values["image_size"], values["patch_size"]
-    if size % patch:
-        raise RefusalError(f"--image-size {size} is not a multiple of the patch size {patch}: choose another")
-    values["local_size"] = max(2 * patch, round(size * 3 / 7 / patch) * patch)  # 96 beside 224
-    values["cache_size"] = -(-size * 3 // 2 // 8) * 8
-
-    batch = asked.batch_size or min(values["batch_size"], 1 << (max(2, pictures // 4).bit_length() - 1))
-    if batch > pictures:
-        raise RefusalError(f"--batch-size {batch} exceeds the {pictures:,} readable pictures: choose a smaller one")
-    values["batch_size"] = batch
-    if asked.batch_size is None:
-        why["batch_size"] = f"preset {preset}, at most a quarter of {pictures:,} pictures"
-
-    half = max(64, 1 << (max(2, pictures // 2).bit_length() - 1))
-    memory = asked.memory or min(values["memory"], half)
-    if asked.memory is None:
-        why["memory"] = (
-            f"at most half of {pictures:,} pictures: in a larger memory an anchor's support is its own picture"
-        )
-    elif asked.memory > pictures:
-        raise RefusalError(
-            f"--memory {asked.memory} exceeds the {pictures:,} readable pictures: choose at most {max(64, pictures // 2)}"
-        )
-    if batch > memory:
-        raise RefusalError(f"the batch of {batch} does not fit the memory of {memory} rows: lower --batch-size")
-    values["memory"] = memory
-    values["patch_memory"] = max(min(values["patch_memory"], 4 * memory), batch)
-    anchors = asked.anchors or min(values["anchors"], max(16, memory // 16))
-    if asked.anchors is None:
-        why["anchors"] = f"a sixteenth of the memory's {memory:,} rows, at least 16"
-    values["anchors"] = anchors
-    values["patch_anchors"] = min(values["patch_anchors"], values["patch_memory"] // 2)
-    for name in _TAKEN_AS_GIVEN:
-        if getattr(asked, name) is not None:
-            values[name] = getattr(asked, name)
-    if asked.koleo_weight is not None or asked.koleo_final_weight is not None:
-        start = values["koleo_weight"][0] if asked.koleo_weight is None else asked.koleo_weight
-        values["koleo_weight"] = (start, start if asked.koleo_final_weight is None else asked.koleo_final_weight)
-    if asked.method != "sop":
-        # The baselines as published carry none of SOP's support embeddings, stabilisers or patch loss.
-        values.update(support=0, smoothing=0.0, koleo_weight=(0.0, 0.0), mim_weight=0.0)
-        for name in ("koleo_weight", "mim_weight", "support", "smoothing", "sigreg_weight", "variance_weight"):
-            if getattr(asked, name) and not (asked.method == "massl" and name == "koleo_weight"):
-                raise RefusalError(f"--{name.replace('_', '-')} belongs to --method sop, not {asked.method}: drop it")
-        if asked.koleo_weight is not None:
-            values["koleo_weight"] = (asked.koleo_weight, asked.koleo_weight)
-    if anchors + max(values["support"], 1) > memory:
-        raise RefusalError(
-            f"{anchors} anchors with {values['support']} support embeddings need more than the memory's {memory} rows: "
-            "lower --anchors or raise --memory"
-        )
-    if asked.teacher_temperature is not None:
-        values["teacher_temperature"] = (min(0.04, asked.teacher_temperature), asked.teacher_temperature)
-
-    if asked.lr is not None:
-        values["lr"] = asked.lr
-    else:
-        values["lr"] = 1e-3 if preset == "small" else 5e-4 * batch / 256
-        why["lr"] = "1e-3 holds for small encoders and batches" if preset == "small" else "5e-4 × batch / 256"
-
-    per_epoch = pictures // batch
-    if asked.steps is not None:
-        values["steps"] = asked.steps
-    elif asked.minutes is not None:
-        values["steps"] = 0
-    elif asked.epochs is not None:
-        values["steps"] = asked.epochs * per_epoch
-    else:
-        epochs = 100 if preset == "paper" else 40
-        values["steps"] = max(epochs * per_epoch, 2000)
-        why["steps"] = f"{epochs} epochs of {per_epoch:,} steps, at least 2,000 updates"
-    values.update(
-        method=asked.method,
-        fit=asked.fit,
-        views=asked.views,
-        seed=asked.seed,
-        init=str(asked.init) if asked.init else None,
-    )
-    return Recipe(**values), why
-
-
-def _choose_encoder(asked: Train, hardware: Hardware, why: dict[str, str]) -> dict[str, Any]:
-    name = asked.encoder
-    if name is None:
-        name = "vit_micro" if hardware.device == "cpu" else "vit_small_patch16_224"
-        why["model"] = f"training on {hardware.name}"
-    if name in _OWN:
-        patch = asked.patch_size or 8
-        size = asked.image_size or 48
-        kwargs = {**_OWN[name], "patch_size": patch}
-        return {"model": "vit_tiny_patch16_224", "model_kwargs": kwargs, "image_size": size, "patch_size": patch}
-    from training.encoder import native_sizes
-
-    native_patch, native_size = native_sizes(name)
-    patch = asked.patch_size or native_patch
-    kwargs = {"patch_size": patch} if patch != native_patch else {}
-    return {
-        "model": name,
-        "model_kwargs": kwargs,
-        "image_size": asked.image_size or native_size,
-        "patch_size": patch,
-    }

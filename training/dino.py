@@ -33,7 +33,7 @@ class DINO(Method):
         self.register_buffer("centre", torch.zeros(recipe.prototypes))
 
     def terms(self, outputs: Outputs, moment: Moment, generator: torch.Generator) -> dict[str, Tensor]:
-        prototypes = self.prototypes
+        prototypes: Tensor = self.prototypes
         if moment.step < self.recipe.prototype_freeze * moment.steps:  # published: frozen during the first epoch
             prototypes = prototypes.detach()
         logits = outputs.student @ F.normalize(prototypes, dim=1).T / self.recipe.student_temperature

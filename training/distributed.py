@@ -7,6 +7,9 @@ the gradients of all ranks are averaged afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,7 +29,7 @@ def gather_rows(x: Tensor) -> Tensor:
     """Rows [B, …] of every rank as [W·B, …], rank order; the gradient reaches this rank's rows (times W)."""
     if world_size() == 1:
         return x
-    gathered: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(x)
     return gathered
 
 
@@ -55,3 +58,37 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
             parameter.grad /= world_size()
+
+
+def agree(*mine: float) -> list[float]:
+    """The largest of each number over ranks: what one process saw (a signal, a clock) becomes everyone's decision."""
+    if world_size() == 1:
+        return list(mine)
+    numbers = torch.tensor(mine, dtype=torch.float64, device=_device())
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return [float(x) for x in numbers]
+
+
+def mean_over_ranks(numbers: Tensor) -> Tensor:
+    """Mean of small numbers over ranks, without gradient."""
+    if world_size() == 1:
+        return numbers
+    total = numbers.to(_device(), copy=True)
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The first process runs the block alone, then the others: it prepares what they find."""
+    if world_size() > 1 and rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world_size() > 1 and rank() == 0:
+            dist.barrier()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

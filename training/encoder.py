@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -39,14 +40,14 @@ def reset_linear_layers(vit: VisionTransformer) -> None:
             module.reset_parameters()
 
 
-def native_sizes(model: str) -> tuple[int, int]:
-    """Patch size and input size that a timm ViT has by default."""
+def native_sizes(model: str) -> tuple[int, int, int]:
+    """Patch size, input size and width that a timm ViT has by default."""
     _known(model)
     with torch.device("meta"):
         vit = timm.create_model(model, pretrained=False, num_classes=0)
     if not isinstance(vit, VisionTransformer):
         raise RefusalError(f"{model} is not a ViT: SOP needs one, such as vit_small_patch16_224")
-    return int(vit.patch_embed.patch_size[0]), int(vit.patch_embed.img_size[0])
+    return int(vit.patch_embed.patch_size[0]), int(vit.patch_embed.img_size[0]), int(vit.embed_dim)
 
 
 def _known(model: str) -> None:
@@ -67,13 +68,19 @@ class Student(nn.Module):
         # Student only; overwrites the patch embedding before the position is added (spec/sop.md 1.2).
         self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim))
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images [N, 3, H, W], mask [N, L] bool → head of [CLS] [N, d], head of the masked tokens [M, d], row-major."""
+    def forward(self, images: Tensor, mask: Tensor | None = None, small: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Global crops [2B, 3, H, W], mask [2B, L] bool, local crops [V_l·B, 3, h, w] → head of all crops' [CLS]
+        [V·B, d], head of the masked tokens [M, d], row-major. One call for all crops: DistributedDataParallel and the
+        head see one batch."""
         cls, patches = split_tokens(self.vit, tokens(self.vit, images, mask, self.mask_token))
-        if mask is None:
-            return self.head(cls), cls.new_zeros(0, 0)
-        both = self.head(torch.cat([cls, patches[mask]]))
-        return both[: len(cls)], both[len(cls) :]
+        parts = [cls]
+        if small is not None:
+            parts.append(split_tokens(self.vit, tokens(self.vit, small))[0])
+        if mask is not None:
+            parts.append(patches[mask])
+        rows = self.head(torch.cat(parts))
+        count = len(images) + (0 if small is None else len(small))
+        return rows[:count], rows[count:]
 
 
 class Teacher(nn.Module):
@@ -93,7 +100,8 @@ class Teacher(nn.Module):
         patch `drawn` [B] of each second view [B, d]. The head sees nothing else."""
         cls, patches = split_tokens(self.vit, tokens(self.vit, images))
         if mask is None or drawn is None:
-            return self.head(cls), cls.new_zeros(0, 0), cls.new_zeros(0, 0)
+            rows = self.head(cls)
+            return rows, rows[:0], rows[:0]
         second = patches[len(images) // 2 :]
         own = second[torch.arange(len(second), device=second.device), drawn]
         masked = patches[mask]
@@ -116,7 +124,10 @@ def tokens(
     assert mask_token is not None
     x = vit.patch_embed(images)  # N h w C, as dynamic_img_size makes it
     x = torch.where(mask.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
-    return vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))))
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))
+    if vit.grad_checkpointing and torch.is_grad_enabled():
+        return vit.norm(checkpoint_seq(vit.blocks, x))
+    return vit.norm(vit.blocks(x))
 
 
 def split_tokens(vit: VisionTransformer, all_tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ class Head(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[M, C] → [M, d] float32, unit rows."""
+        """[M, C] → [M, d], unit rows, float32 (float64 stays)."""
         x = self.mlp(x)
         with torch.autocast(x.device.type, enabled=False):
-            return F.normalize(x.float(), dim=-1, eps=1e-6)
+            return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-6)

@@ -1,4 +1,7 @@
-"""The training loop: `setup` (find, choose, announce), then `Trainer.fit`. The file to read first in this room."""
+"""The training loop: what happens around a step. The file to read first in this room; a step itself is training/learner.py.
+
+`Trainer.fit` trains to the last step: logs, measures, saves, and stops cleanly when asked to.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ import math
 import platform
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,85 +22,31 @@ import numpy as np
 import timm
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from export.bundle import (
-    EncoderSpec,
-    RefusalError,
-    RunManifest,
-    list_pictures,
-    make_folder,
-    printable,
-    tensors_sha256,
-    write_file,
-    write_unreadable,
-)
+from export.bundle import EncoderSpec, RefusalError, RunManifest, tensors_sha256, write_file
 from export.preprocess import PreprocessSpec, UnreadablePictureError, preprocess
-from export.runtime import cpu_quota
-from training.cache import PictureCache, build_cache
-from training.checkpoint import NAME as CHECKPOINT
-from training.checkpoint import load_checkpoint, save_checkpoint
-from training.config import Hardware, Recipe, Train, resolve
-from training.dino import DINO
-from training.encoder import Student, Teacher, build_vit, load_initial, reset_linear_layers
-from training.head import Head
-from training.masks import block_masks
-from training.method import Method, Moment, Outputs
-from training.monitor import SAMPLE, Health, Monitor, alarms
-from training.schedules import cosine, derive, linear_warmup, warmup_cosine
-from training.sop_method import SOP, MaSSL
+from training.alarms import alarms
+from training.cache import PictureCache
+from training.checkpoint import load_checkpoint, save_checkpoint, save_offending_step
+from training.config import Hardware, Recipe, Train
+from training.distributed import agree, mean_over_ranks, rank, world_size
+from training.learner import Learner, Speed
+from training.loader import Batches
+from training.metrics_log import MetricsLog
+from training.monitor import SAMPLE, Health, Monitor, read_history
+from training.progress import bar
 from training.views import Views
 
 INTERRUPTED = 130
 MEASUREMENTS = 10  # of health, over a run
-METHODS: dict[str, type[Method]] = {"sop": SOP, "massl": MaSSL, "dino": DINO}
-
-
-def train(asked: Train) -> int:
-    """Run `likewise train`; returns the exit code. Raises `RefusalError`."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    unreadable: list[tuple[str, str]] = []
-    found = list_pictures(asked.pictures, unreadable)
-    if (asked.out / CHECKPOINT).is_file() and not asked.resume:
-        raise RefusalError(f"{asked.out} already holds a run: pass --resume to continue it, or choose another --out")
-    foreign = asked.out.is_dir() and any(p.name not in ("cache", "unreadable.tsv") for p in asked.out.iterdir())
-    if foreign and not asked.resume:
-        raise RefusalError(f"{asked.out} is not empty and holds no run: choose another --out")
-    hardware = _hardware(asked)
-    torch.set_num_threads(hardware.threads)
-    make_folder(asked.out)
-    # The number of readable pictures decides the sizes that do not depend on the cache's; decode first.
-    draft, _ = resolve(asked, max(len(found), 1), hardware)
-    spec = PreprocessSpec(size=draft.cache_size, fit=draft.fit)
-    with _bar(console, "decoding", len(found)) as advance:
-        cache = build_cache(asked.out / "cache", found, asked.pictures, spec, hardware.threads, advance)
-    unreadable += cache.unreadable
-    write_unreadable(asked.out / "unreadable.tsv", unreadable)
-    if unreadable:
-        console.print(
-            f"{len(unreadable)} of {len(found)} files are skipped, for example {printable(unreadable[0][0])}: "
-            f"{unreadable[0][1]} (all in {asked.out / 'unreadable.tsv'})"
-        )
-    recipe, reasons = resolve(asked, len(cache), hardware)
-    trainer = Trainer(recipe, reasons, cache, asked, hardware, console)
-    return trainer.fit()
-
-
-def _hardware(asked: Train) -> Hardware:
-    threads = asked.threads or cpu_quota()
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        raise RefusalError("--device cuda was asked for, but torch sees no CUDA device: check nvidia-smi, or use cpu")
-    if asked.device != "cpu" and torch.cuda.is_available():
-        return Hardware("cuda", torch.cuda.get_device_name(), threads, torch.cuda.is_bf16_supported())
-    # bfloat16 is faster on CPUs with tile instructions only; elsewhere it is emulated, 10 times slower (measured).
-    fast = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-    return Hardware("cpu", f"{threads} CPU threads", threads, fast)
+_PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
 
 class Trainer:
-    """One run: networks, memories, optimiser and the step that moves them."""
+    """One run in its folder. Under torchrun every process has one; the first process alone writes and prints."""
 
     def __init__(
         self, recipe: Recipe, reasons: dict[str, str], cache: PictureCache, asked: Train, hardware: Hardware,
@@ -107,191 +55,178 @@ class Trainer:
         self.asked, self.cache, self.console, self.hardware = asked, cache, console, hardware
         self.run = asked.out
         self.reasons = reasons
-        self.device = torch.device(hardware.device)
-        self.bf16 = asked.precision == "bfloat16" or (asked.precision == "auto" and hardware.fast_bf16)
-        reasons["precision"] = f"{'bfloat16' if self.bf16 else 'float32'} backbone on {hardware.name}"
         self.recipe = recipe
-        self._build()
-        spec = self._encoder_spec()
-        self.views = Views(recipe.views, spec.mean, spec.std)
-        self.stopped = False
-        self._order: tuple[int, Tensor] | None = None  # epoch and its permutation
-
-    def _build(self) -> None:
-        r = self.recipe
-        torch.manual_seed(r.seed)
-        vit = build_vit(r.model, r.model_kwargs, r.image_size, r.drop_path)
-        if r.weight_init == "default":
-            reset_linear_layers(vit)
-        if r.init:
-            load_initial(Path(r.init), vit)
-        head = Head(vit.embed_dim, r.head_hidden, r.head_dim, r.weight_init)
-        still = build_vit(r.model, r.model_kwargs, r.image_size)  # the teacher has no stochastic depth
-        still.load_state_dict(vit.state_dict())
-        self.student = Student(vit, head).to(self.device)
-        self.teacher = Teacher(still, copy.deepcopy(head)).to(self.device)
-        self.method: Method = METHODS[r.method](r).to(self.device)
-        parameters = [*self.student.parameters(), *self.method.parameters()]
-        weights = [p for p in parameters if p.ndim > 1]
-        rest = [p for p in parameters if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": weights, "decays": True}, {"params": rest, "weight_decay": 0.0, "decays": False}],
-            lr=r.lr, fused=True,
+        self.device = torch.device(hardware.device)
+        if hardware.device == "cuda":  # this process's own
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.precision = asked.precision
+        if asked.precision == "auto":
+            self.precision = "bfloat16" if hardware.fast_bf16 else "float32"
+        reasons["precision"] = f"{self.precision} backbone on {hardware.name}"
+        spec = self._encoder_spec(embedding_dim=0)
+        self.views = Views(recipe.views, spec.mean, spec.std, _PRECISION[self.precision])
+        speed = Speed(
+            _PRECISION[self.precision], self.precision == "bfloat16", asked.accumulate, asked.compile,
+            asked.checkpoint_activations,
         )  # fmt: skip
-
-    # --- the step -----------------------------------------------------------------------------------------------
+        self.learner = Learner(recipe, self.device, speed, self.views)
+        self.stopped = False
+        self._batches: Batches | None = None
+        self._waited = 0.0
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One optimiser step; returns its loss terms (on the device, detached)."""
-        r = self.recipe
-        generator = torch.Generator().manual_seed(derive(r.seed, "step", step))
-        torch.manual_seed(derive(r.seed, "drop path", step))
-        now = self.moment(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = now.lr
-            group["weight_decay"] = now.weight_decay if group["decays"] else 0.0
+        batches = self.batches()
+        batch = batches.local(step)
+        self._waited += batches.waited
+        return self.learner.step(batch, step)
 
-        pictures = self.cache.gather(self._indices(step), self.device)
-        B = len(pictures)
-        globals_ = torch.cat(
-            [self.views(pictures, r.image_size, r.global_scale, kind, generator) for kind in ("first", "second")]
-        )
-        locals_ = [self.views(pictures, r.local_size, r.local_scale, "local", generator) for _ in range(r.local_crops)]
-        mask = drawn = None
-        if r.mim_weight:
-            side = r.image_size // r.patch_size
-            mask = block_masks(2 * B, side, side, r.mask_probability, r.mask_ratio, generator).to(self.device)
-            drawn = torch.randint(side * side, (B,), generator=generator).to(self.device)
-
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            teacher_cls, teacher_masked, teacher_drawn = self.teacher(globals_, mask, drawn)
-            student_cls, student_masked = self.student(globals_, mask)
-            parts = [student_cls]
-            if locals_:
-                parts.append(self.student(torch.cat(locals_))[0])
-
-        # Similarities, votes and losses: float32, outside autocast.
-        outputs = Outputs(
-            torch.cat(parts), teacher_cls, student_masked, teacher_masked, teacher_drawn, mask, groups=None
-        )
-        terms = self.method.terms(outputs, now, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        clip_each([*self.student.parameters(), *self.method.parameters()], r.clip)
-        self.optimizer.step()
-        self.teacher.follow(self.student, now.momentum)
-        self.method.update(outputs, now)
-        return {name: value.detach() for name, value in terms.items()}
-
-    def moment(self, step: int) -> Moment:
-        """The scheduled values of a step."""
-        r = self.recipe
-        at = {"step": step, "steps": r.steps}
-        start, end = r.teacher_temperature
-        return Moment(
-            **at,
-            lr=warmup_cosine(**at, peak=r.lr, end=r.min_lr, warmup=r.lr_warmup),
-            weight_decay=cosine(**at, start=r.weight_decay[0], end=r.weight_decay[1]),
-            momentum=cosine(**at, start=r.momentum, end=1.0),
-            teacher_temperature=linear_warmup(**at, start=start, end=end, warmup=r.temperature_warmup),
-            koleo_weight=cosine(**at, start=r.koleo_weight[0], end=r.koleo_weight[1]),
-        )
-
-    def _indices(self, step: int) -> Tensor:
-        """The pictures of a step: epochs are permutations drawn from the seed, so that a resume sees the same."""
-        per_epoch = len(self.cache) // self.recipe.batch_size
-        epoch, within = divmod(step, per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(derive(self.recipe.seed, "epoch", epoch))
-            self._order = epoch, torch.randperm(len(self.cache), generator=generator)
-        return self._order[1][within * self.recipe.batch_size : (within + 1) * self.recipe.batch_size]
+    def batches(self) -> Batches:
+        """Made when first asked for; a set that leaves three quarters of the device's memory free is kept there."""
+        if self._batches is None:
+            if self.cache.bytes < 0.25 * free_bytes(self.device):
+                self.cache.load(self.device)
+            r = self.recipe
+            self._batches = Batches(self.cache, r.batch_size, r.seed, self.device, rank(), world_size())
+        return self._batches
 
     # --- the run ------------------------------------------------------------------------------------------------
 
     def fit(self) -> int:
         """Train to the last step; returns 0, or 130 after saving when interrupted."""
         loaded = load_checkpoint(self.run)
-        if self.cache.bytes < 0.25 * _free_bytes(self.device):
-            self.cache.load(self.device)
-        if self.asked.minutes is not None:
-            steps = self._steps_that_fit(self.asked.minutes) if loaded is None else int(loaded.identity["steps"])
-            self.recipe = self.recipe.model_copy(update={"steps": steps})
-            self.reasons["steps"] = f"what fits {self.asked.minutes:g} minutes, measured " + (
-                "here" if loaded is None else "at the start"
-            )
-        r = self.recipe
+        self._settle_steps(None if loaded is None else int(loaded.identity["steps"]))
         start = 0
         if loaded is not None:
             loaded.require(self.identity(), self.run)
             start = loaded.step
-            self.load(loaded.state)
+            self.learner.load(loaded.state)
         self._announce()
-        monitor = self._monitor()
+        monitor = self._monitor(resumed=loaded is not None) if rank() == 0 else None
         if loaded is not None:
-            self.console.print(f"continuing at step {start:,} of {r.steps:,}")
+            self.console.print(f"continuing at step {start:,} of {self.recipe.steps:,}")
         self.save(start)  # also after a resume: a kill may have come between the checkpoint and the encoder
-        log = MetricsLog(self.run / "metrics.jsonl", start)
-        history: list[Health] = []
+        log = MetricsLog(self.run / "metrics.jsonl", start) if rank() == 0 else None
+        history = read_history(self.run / "metrics.jsonl", start) if rank() == 0 else []
         self._measure(start, monitor, log, history)
+        try:
+            return self._train(start, monitor, log, history)
+        except (torch.OutOfMemoryError, MemoryError) as e:
+            raise RefusalError(self._out_of_memory(str(e))) from e
+        finally:
+            self.batches().close()
 
+    def _train(self, start: int, monitor: Monitor | None, log: MetricsLog | None, history: list[Health]) -> int:
+        r = self.recipe
         every = max(1, min(20, r.steps // 50))
         measure_every = max(1, -(-r.steps // MEASUREMENTS))
         pending: list[dict[str, Tensor]] = []
         since, saved = time.monotonic(), time.monotonic()
-        with self._signals(), _bar(self.console, "training", r.steps, start) as advance:
+        with self._signals(), bar(self.console, "training", r.steps, start) as advance:
             for step in range(start, r.steps):
                 pending.append(self.step(step))
                 done = step + 1
                 advance(1)
-                due = time.monotonic() - saved > 60 * self.asked.checkpoint_minutes
-                last = self.stopped or done == r.steps
-                if done % every == 0 or last or due:  # before every checkpoint too: what is saved was seen to be finite
+                stop = due = done == r.steps
+                if world_size() == 1 or done % every == 0:  # processes decide together, seldom: it costs a message
+                    overdue = time.monotonic() - saved > 60 * self.asked.checkpoint_minutes
+                    stop, due = (flag > 0 for flag in agree(self.stopped or stop, overdue or due))
+                if done % every == 0 or stop or due:  # before every checkpoint too: what is saved was seen to be finite
                     self._log(log, done, pending, time.monotonic() - since)
                     pending, since = [], time.monotonic()
                 if done % measure_every == 0 or done == r.steps:
                     self._measure(done, monitor, log, history)
                     since = time.monotonic()
-                if self.stopped and done < r.steps:
+                if stop or due:
                     self.save(done)
+                    saved = time.monotonic()
+                if stop and done < r.steps:
                     self.console.print(
                         f"stopped and saved at step {done:,} of {r.steps:,}: the same command with --resume continues"
                     )
                     return INTERRUPTED
-                if done == r.steps or due:
-                    self.save(done)
-                    saved = time.monotonic()
         self.console.print(f"done: {self.run}   next: likewise export {self.run} --out BUNDLE")
         return 0
 
-    def _log(self, log: MetricsLog, done: int, pending: list[dict[str, Tensor]], seconds: float) -> None:
-        means = {name: float(torch.stack([p[name] for p in pending]).mean()) for name in pending[0]}
-        if not math.isfinite(means["loss"]):
-            raise RefusalError(
-                f"the loss is {means['loss']} at step {done}; the last checkpoint is intact: lower --lr, or use "
-                "--precision float32, with another --out"
-            )
-        log.write(
-            step=done, **means, lr=self.optimizer.param_groups[0]["lr"],
-            images_per_second=len(pending) * self.recipe.batch_size / seconds,
-        )  # fmt: skip
+    def _settle_steps(self, stored: int | None) -> None:
+        """With --minutes: the steps that fit, measured once and kept by a resume."""
+        if self.asked.minutes is None:
+            return
+        steps = self._steps_that_fit(self.asked.minutes) if stored is None else stored
+        self.learner.recipe = self.recipe = self.recipe.model_copy(update={"steps": steps})
+        self.reasons["steps"] = f"what fits {self.asked.minutes:g} minutes, measured " + (
+            "here" if stored is None else "at the start"
+        )
 
-    def _measure(self, step: int, monitor: Monitor, log: MetricsLog, history: list[Health]) -> None:
-        r = self.recipe
-        health = monitor.measure(self.teacher, lambda heads: self.method.diagnostics(heads, self.moment(step)))
+    def seconds_per_step(self, least: float) -> float:
+        """Measured over at least two steps and `least` seconds; leaves the state as it was."""
+        before = copy.deepcopy(self.learner.state())
+        recipe = self.recipe
+        self.learner.recipe = recipe.model_copy(update={"steps": max(recipe.steps, 1000), "head_steps": 0})
+        self.step(0)  # allocations and caches
+        start = time.monotonic()
+        count = 0
+        while count < 2 or agree(time.monotonic() - start)[0] < least:
+            count += 1
+            self.step(count)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        seconds = agree(time.monotonic() - start)[0] / count
+        self.learner.recipe = recipe
+        self.learner.load(before)
+        return seconds
+
+    def _steps_that_fit(self, minutes: float) -> int:
+        # A tenth goes to measurements and checkpoints.
+        return max(1, int(0.9 * 60 * minutes / self.seconds_per_step(min(5.0, 6 * minutes))))
+
+    def _log(self, log: MetricsLog | None, done: int, pending: list[dict[str, Tensor]], seconds: float) -> None:
+        names = list(pending[0])
+        rows = torch.stack([torch.stack([terms[name].double() for name in names]) for terms in pending])
+        rows = mean_over_ranks(rows).cpu()
+        bad = (~rows.isfinite().all(1)).nonzero()
+        if len(bad):
+            self._refuse_offending(done - len(pending) + int(bad[0]), dict(zip(names, rows[bad[0, 0]], strict=True)))
+        means = dict(zip(names, rows.mean(0).tolist(), strict=True))
+        waited, self._waited = self._waited, 0.0
+        if log is not None:
+            log.write(
+                step=done, **means, lr=self.learner.moment(done - 1).lr,
+                images_per_second=len(pending) * self.recipe.batch_size / seconds, data_wait=min(1.0, waited / seconds),
+            )  # fmt: skip
+
+    def _refuse_offending(self, step: int, terms: dict[str, Tensor]) -> None:
+        """The optimiser skipped the update, so that the weights are still those which the step began with."""
+        indices = self.batches().indices(step).tolist()
+        keys = [self.cache.pictures[i].key for i in indices]
+        if rank() == 0:
+            save_offending_step(self.run, self.identity(), step, self.learner.state(), keys, terms)
+        name = next(name for name, value in terms.items() if not math.isfinite(value))
+        raise RefusalError(
+            f"{name} is {float(terms[name])} at step {step}; the last checkpoint is intact, and weights and pictures of "
+            f"that step are in {self.run}/offending-step.pt: lower --lr, or use --precision float32, with another --out"
+        )
+
+    def _measure(self, step: int, monitor: Monitor | None, log: MetricsLog | None, history: list[Health]) -> None:
+        if monitor is None or log is None:
+            return
+        moment = self.learner.moment(step)
+        health = monitor.measure(
+            self.learner.teacher, lambda heads: self.learner.method.diagnostics(heads, moment), step
+        )
         history.append(health)
-        values = {name: value for name, value in health._asdict().items() if not math.isnan(value)}
-        log.write(step=step, health=True, **values)
+        log.write(**health.line())
         knn = "" if math.isnan(health.knn) else f"   kNN {health.knn:.1f} %"
         self.console.print(
-            f"step {step:>6,}   mean cosine {health.mean_cosine:.3f} (head {health.head_mean_cosine:.3f})   "
-            f"effective rank {health.effective_rank:.1f}   H(mean vote) {health.mean_vote_entropy:.2f} of "
-            f"{health.max_entropy:.2f}{knn}"
+            f"step {step:>6,}   mean cosine {health.features.mean_cosine:.3f} (head {health.heads.mean_cosine:.3f})   "
+            f"effective rank {health.features.effective_rank:.1f}   H(mean vote) "
+            f"{health.diagnostics['mean_vote_entropy']:.2f} of {health.diagnostics['max_entropy']:.2f}{knn}"
         )
-        for sentence in alarms(history, step / max(1, r.steps)):
-            self.console.print(f"ALARM {sentence}", style="bold red")
-            log.write(step=step, alarm=sentence)
+        for alarm in alarms(history, step / max(1, self.recipe.steps)):
+            self.console.print(f"ALARM {alarm}", style="bold red")
+            log.write(step=step, alarm=str(alarm), kind=alarm.kind)
 
-    def _monitor(self) -> Monitor:
+    def _monitor(self, resumed: bool) -> Monitor:
         """A sample of the pictures, prepared as at inference, with folder names as labels where there are several."""
         order = np.random.default_rng(self.recipe.seed).permutation(len(self.cache))[:SAMPLE]
         sample = [self.cache.pictures[i] for i in sorted(order)]
@@ -311,62 +246,42 @@ class Trainer:
         labels = None
         if 1 < len(classes) <= len(names) // 2 and "" not in classes:
             labels = torch.tensor([classes.index(name) for name in names])
-        monitor = Monitor(torch.from_numpy(np.stack(rows)), labels, self.views, self.device)
-        for name, accuracy in monitor.baselines().items():
-            self.console.print(f"to beat: kNN {accuracy:.1f} % from {name} ({len(classes)} folders as labels)")
+        monitor = Monitor(torch.from_numpy(np.stack(rows)), labels, self.views.normalise, self.device)
+        stored = self.run / "monitor.safetensors"
+        if stored.is_file() and resumed:
+            monitor.load(load_file(stored))
+        else:
+            monitor.start(monitor.features(self.learner.teacher)[0])
+            write_file(stored, save_safetensors(monitor.state()))
+        for line in monitor.lines():
+            self.console.print(line)
         return monitor
 
-    def _steps_that_fit(self, minutes: float) -> int:
-        before = copy.deepcopy(self.state())
-        self.recipe = self.recipe.model_copy(update={"steps": 1000})
-        self.step(0)  # allocations and caches
-        start = time.monotonic()
-        count = 0
-        while time.monotonic() - start < min(5.0, 6 * minutes) or count < 2:
-            count += 1
-            self.step(count)
-        seconds = (time.monotonic() - start) / count
-        self.load(before)
-        # A tenth goes to measurements and checkpoints.
-        return max(1, int(0.9 * 60 * minutes / seconds))
-
-    # --- state --------------------------------------------------------------------------------------------------
+    # --- what a run leaves --------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to, and a resume must match."""
-        precision = "bfloat16" if self.bf16 else "float32"
+        """What a checkpoint belongs to, and a resume must match. The number of processes is not part of it."""
         fields = json.loads(self.recipe.model_dump_json())
-        return {**fields, "data": self.cache.fingerprint.sha256, "precision": precision}
-
-    def state(self) -> dict[str, Any]:
-        """Everything that a step changes."""
-        return {
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        for name in ("student", "teacher", "method", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+        return {**fields, "data": self.cache.fingerprint.sha256, "precision": self.precision}
 
     def save(self, step: int) -> None:
         """Write checkpoint, encoder and run.json, each atomically. Raises `RefusalError` rather than keep broken weights."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.student.parameters()):
+        if rank() > 0:
+            return
+        student, teacher = self.learner.student, self.learner.teacher
+        if not all(bool(torch.isfinite(p).all()) for p in student.parameters()):
             raise RefusalError(
                 f"the weights are not finite at step {step}; the last checkpoint is intact: lower --lr, or use "
                 "--precision float32, with another --out"
             )
-        save_checkpoint(self.run, self.identity(), step, self.state())
-        encoder = {name: value.detach().cpu().contiguous() for name, value in self.teacher.vit.state_dict().items()}
+        save_checkpoint(self.run, self.identity(), step, self.learner.state())
+        encoder = {name: value.detach().float().cpu().contiguous() for name, value in teacher.vit.state_dict().items()}
         write_file(self.run / "encoder.safetensors", save_safetensors(encoder))
         manifest = RunManifest(
-            method="sop",
+            method=self.recipe.method,
             config=json.loads(self.recipe.model_dump_json()),
             reasons=self.reasons,
-            encoder=self._encoder_spec(),
+            encoder=self._encoder_spec(teacher.vit.embed_dim),
             preprocess=self._preprocess_spec(),
             data=self.cache.fingerprint,
             versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
@@ -378,11 +293,9 @@ class Trainer:
         )
         write_file(self.run / "run.json", manifest.model_dump_json(indent=2))
 
-    def _encoder_spec(self) -> EncoderSpec:
+    def _encoder_spec(self, embedding_dim: int) -> EncoderSpec:
         r = self.recipe
-        return EncoderSpec(
-            model=r.model, kwargs=r.model_kwargs, image_size=r.image_size, embedding_dim=self.teacher.vit.embed_dim
-        )
+        return EncoderSpec(model=r.model, kwargs=r.model_kwargs, image_size=r.image_size, embedding_dim=embedding_dim)
 
     def _preprocess_spec(self) -> PreprocessSpec:
         return PreprocessSpec(size=self.recipe.image_size, fit=self.recipe.fit)
@@ -390,61 +303,46 @@ class Trainer:
     # --- speech -------------------------------------------------------------------------------------------------
 
     def _announce(self) -> None:
-        parameters = sum(p.numel() for p in self.teacher.vit.parameters()) / 1e6
+        parameters = sum(p.numel() for p in self.learner.teacher.vit.parameters()) / 1e6
+        processes = f" × {world_size()} processes" if world_size() > 1 else ""
         self.console.print(
-            f"{len(self.cache):,} pictures, {self.recipe.model} with {parameters:.1f} M parameters at "
-            f"{self.recipe.image_size} px, on {self.hardware.name}"
+            f"{len(self.cache):,} pictures, {self.recipe.method.upper()}, {self.recipe.model} with {parameters:.1f} M "
+            f"parameters at {self.recipe.image_size} px, on {self.hardware.name}{processes}"
         )
         for name, reason in self.reasons.items():
             value = getattr(self.recipe, name, "")
             self.console.print(f"  {name} = {value}  ({reason})" if value != "" else f"  {name}: {reason}")
 
+    def _out_of_memory(self, message: str) -> str:
+        r = self.recipe
+        found = message.splitlines()[0][:200] if message else "the system refused"
+        return (
+            f"out of memory with {r.batch_size} pictures of {2 + r.local_crops} crops per step ({found}): use --accumulate "
+            f"{2 * self.asked.accumulate} (same result), --checkpoint-activations (same result), fewer --local-crops, or a "
+            "smaller --batch-size or --image-size; --resume continues with the first two"
+        )
+
     @contextmanager
-    def _signals(self) -> Any:
+    def _signals(self) -> Iterator[None]:
+        """SIGINT, SIGTERM and SIGUSR1 (what Slurm sends before its time limit) save and stop."""
+
         def stop(number: int, frame: FrameType | None) -> None:
-            if self.stopped:  # the second time at once
+            if self.stopped and number == signal.SIGINT:  # the second time at once
                 raise KeyboardInterrupt
             self.stopped = True
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before: dict[signal.Signals, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            before[number] = signal.signal(number, stop)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
 
 
-class MetricsLog:
-    """metrics.jsonl: one JSON object per line; a resume drops the lines after its checkpoint."""
-
-    def __init__(self, path: Path, resumed_at: int) -> None:
-        self._path = path
-        kept = []
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue  # the line that a kill cut short
-            # The measurement at the checkpoint is made again.
-            if values["step"] < resumed_at or (values["step"] == resumed_at and "loss" in values):
-                kept.append(line)
-        write_file(path, "".join(line + "\n" for line in kept))
-
-    def write(self, **values: Any) -> None:
-        """Append one line."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-
-
-def clip_each(parameters: Iterable[torch.nn.Parameter], limit: float) -> None:
-    """Scale down each parameter's own gradient to norm `limit` (1.8: per tensor, not over all)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    scale = (limit / (torch.stack(norms) + 1e-6)).clamp_(max=1.0)
-    torch._foreach_mul_(gradients, list(scale.unbind()))
-
-
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -457,12 +355,3 @@ def _git_revision() -> str | None:
     here = Path(__file__).parent
     done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
-
-
-@contextmanager
-def _bar(console: Console, title: str, total: int, start: int = 0) -> Any:
-    """A progress bar on a terminal, nothing elsewhere (the measurements are printed as lines)."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(title, total=total, completed=start)
-        yield lambda count: progress.advance(task, count)

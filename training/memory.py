@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.distributed import gather_rows
+
 
 class RingMemory(nn.Module):
     """A first-in first-out memory of unit rows; it starts with random ones.
@@ -24,10 +26,13 @@ class RingMemory(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
-        """Write rows [b, d], b ≤ N, over the oldest ones. Push after the loss: a batch never votes on itself."""
+        """Write the rows [b, d] of every rank, in rank order and b·W ≤ N, over the oldest ones; a row that is not finite
+        leaves the old one. Push after the loss: a batch never votes on itself."""
+        rows = gather_rows(rows)
         size, count = len(self.rows), len(rows)
         if count > size:
             raise ValueError(f"{count} rows do not fit a memory of {size}")
         at = (self.head + torch.arange(count, device=self.rows.device)) % size
-        self.rows[at] = rows.to(self.rows.dtype)
+        rows = rows.to(self.rows.dtype)
+        self.rows[at] = torch.where(rows.isfinite().all(1, keepdim=True), rows, self.rows[at])
         self.head.copy_((self.head + count) % size)

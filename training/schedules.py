@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 
@@ -23,9 +22,3 @@ def warmup_cosine(step: int, steps: int, peak: float, end: float, warmup: float)
 def linear_warmup(step: int, steps: int, start: float, end: float, warmup: float) -> float:
     """Linear from `start` to `end` over `warmup` (a share of the steps), then constant."""
     return start + (end - start) * min(1.0, step / max(1, round(warmup * steps)))
-
-
-def derive(seed: int, purpose: str, number: int) -> int:
-    """A seed for one purpose at one step: independent streams, the same after a resume."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -17,7 +17,7 @@ from training.prototypes import Prototypes, draw_many, draw_prototypes
 from training.vote import cross_entropy, vote, vote_cross_entropy
 
 __all__ = [
-    "Prototypes", "VoteStatistics", "cross_entropy", "draw_many", "draw_prototypes", "image_loss", "koleo",
+    "Prototypes", "VoteStatistics", "cross_entropy", "draw_many", "draw_prototypes", "image_loss", "image_loss_given",
     "patch_loss", "vote", "vote_cross_entropy", "vote_statistics",
 ]  # fmt: skip
 
@@ -25,16 +25,23 @@ __all__ = [
 def image_loss(
     zs: Tensor, zt: Tensor, views: int, prototypes: Prototypes, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """L_CLS (1.6): zs [V·B, d] and zt [2·B, d], crop-major; mean over the 2V − 2 pairs of different views.
-
-    A student crop has one target: the other global view's vote, or, for a local crop, the sum of both.
-    """
+    """L_CLS (1.6): zs [V·B, d] and zt [2·B, d], crop-major; mean over the 2V − 2 pairs of different views."""
     with torch.no_grad():
-        first, second = vote(zt, prototypes, teacher_temperature).chunk(2)
-        targets = torch.cat([second, first, first + second]) if views > 2 else torch.cat([second, first])
+        targets = vote(zt, prototypes, teacher_temperature)
+    return image_loss_given(targets, zs, views, prototypes, student_temperature)
+
+
+def image_loss_given(targets: Tensor, zs: Tensor, views: int, prototypes: Prototypes, temperature: float) -> Tensor:
+    """L_CLS with the teacher's votes [2·B, P] at hand, as they are or balanced.
+
+    Cross-entropy is linear in its target: a student crop has one, the other global view's vote or, for a local crop, the
+    sum of both.
+    """
+    first, second = targets.chunk(2)
+    sums = torch.cat([second, first, first + second]) if views > 2 else torch.cat([second, first])
     B = len(first)
     row = torch.arange(len(zs), device=zs.device)
-    losses = vote_cross_entropy(zs, prototypes, student_temperature, targets, (row // B).clamp_max(2) * B + row % B)
+    losses = vote_cross_entropy(zs, prototypes, temperature, sums, (row // B).clamp_max(2) * B + row % B)
     return losses.sum() / ((2 * views - 2) * B)
 
 
@@ -53,17 +60,6 @@ def patch_loss(
     crop = mask.nonzero(as_tuple=True)[0]
     per_crop = mask.sum(1).clamp(min=1).to(losses.dtype)
     return (losses / per_crop[crop]).sum() / len(mask)
-
-
-def koleo(z: Tensor) -> Tensor:
-    """Kozachenko–Leonenko term over unit rows [B, d] of one view: −mean ln(‖z_i − nearest other‖ + 1e-8) (section 8)."""
-    if len(z) < 2:
-        return z.sum() * 0.0
-    with torch.no_grad():
-        similarity = z @ z.T
-        similarity.fill_diagonal_(-2.0)
-        nearest = similarity.argmax(1)
-    return -(torch.linalg.vector_norm(z - z[nearest], dim=1) + 1e-8).log().mean()
 
 
 class VoteStatistics(NamedTuple):

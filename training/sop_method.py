@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.config import Recipe
+from training.distributed import all_mean
 from training.memory import RingMemory
-from training.method import Method, Moment, Outputs, crop_targets
-from training.schedules import derive
-from training.sop import Prototypes, cross_entropy, draw_prototypes, patch_loss, vote, vote_statistics
+from training.method import Method, Moment, Outputs
+from training.prototypes import Prototypes, draw_prototypes
+from training.seeds import derive
+from training.sop import image_loss_given, patch_loss, vote_statistics
 from training.stabilisers import koleo, mean_entropy_gap, sigreg, sinkhorn, variance_hinge
+from training.vote import vote
 
 
 class SOP(Method):
@@ -51,7 +54,10 @@ class SOP(Method):
             terms["sigreg"] = sum(sigreg(view, generator) for view in views) / 2  # type: ignore[assignment]
             loss = loss + r.sigreg_weight * terms["sigreg"]
         if outputs.mask is not None:
-            patches = draw_prototypes(self.patch_memory.rows, r.patch_anchors, r.patch_support, generator, r.smoothing)
+            patches = draw_prototypes(
+                self.patch_memory.rows, r.patch_anchors, r.patch_support, generator, r.smoothing,
+                support_weight=r.support_weight,
+            )  # fmt: skip
             terms["loss_patch"] = patch_loss(
                 outputs.student_masked, outputs.teacher_masked, outputs.mask, patches,
                 r.student_temperature, moment.teacher_temperature,
@@ -62,7 +68,13 @@ class SOP(Method):
     def draw(self, generator: torch.Generator) -> list[Prototypes]:
         """The prototype sets of one step: T independent draws, whose losses are averaged (1.6)."""
         r = self.recipe
-        return [draw_prototypes(self.memory.rows, r.anchors, r.support, generator, r.smoothing) for _ in range(r.tasks)]
+        return [
+            draw_prototypes(
+                self.memory.rows, r.anchors, r.support, generator, r.smoothing,
+                halved_anchors=r.halved_anchors, support_weight=r.support_weight,
+            )
+            for _ in range(r.tasks)
+        ]  # fmt: skip
 
     def _image_terms(
         self, student: Tensor, teacher: Tensor, views: int, prototypes: Prototypes, moment: Moment
@@ -72,11 +84,9 @@ class SOP(Method):
             targets = vote(teacher, prototypes, moment.teacher_temperature)
             if r.teacher_votes == "sinkhorn":
                 targets = sinkhorn(targets)
-        votes = vote(student, prototypes, r.student_temperature)
-        pairs = (2 * views - 2) * len(teacher) / 2
-        terms = {"loss_image": cross_entropy(votes, crop_targets(targets, views)).sum() / pairs}
+        terms = {"loss_image": image_loss_given(targets, student, views, prototypes, r.student_temperature)}
         if r.mean_entropy_weight:
-            terms["mean_entropy_gap"] = mean_entropy_gap(votes)
+            terms["mean_entropy_gap"] = mean_entropy_gap(vote(student, prototypes, r.student_temperature))
         return terms
 
     def _centred(self, rows: Tensor) -> Tensor:
@@ -88,8 +98,6 @@ class SOP(Method):
     def update(self, outputs: Outputs, moment: Moment) -> None:
         teacher = outputs.teacher
         if self.recipe.teacher_votes == "centred":
-            from training.distributed import all_mean
-
             teacher = self._centred(teacher)
             self.centre.lerp_(all_mean(outputs.teacher.mean(0)), 0.1)
         self.memory.push(teacher[outputs.pictures :])
@@ -104,10 +112,13 @@ class SOP(Method):
         prototypes = draw_prototypes(rows, r.anchors, r.support, generator, r.smoothing)
         heads = heads if r.teacher_votes != "centred" else F.normalize(heads - self.centre.cpu(), dim=-1)
         votes = vote_statistics(heads, prototypes, moment.teacher_temperature)
+        q = (heads @ prototypes.D.flatten(0, 1).T / moment.teacher_temperature).softmax(-1)
         found = {
             "vote_entropy": votes.entropy,
             "mean_vote_entropy": votes.entropy_of_mean,
             "max_entropy": math.log(r.anchors),
+            "voter_entropy": float(-(q * q.clamp_min(1e-12).log()).sum(-1).mean()),
+            "voter_max_entropy": math.log(q.shape[1]),
             "leak": votes.leak,
             "support_cosine": votes.support_cosine,
             "memory_age": min(moment.step, r.memory / r.batch_size),

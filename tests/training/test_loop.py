@@ -24,11 +24,13 @@ from likewise import main
 from tests.conftest import TINY
 from tests.shapes import write_shapes
 from training.checkpoint import NAME as CHECKPOINT
-from training.config import Hardware, Recipe, Train, resolve
+from training.config import Hardware, Recipe, Train
 from training.encoder import Student, Teacher, build_vit, reset_linear_layers
 from training.head import Head
-from training.loop import clip_each, derive
+from training.learner import clip_each
 from training.masks import block_masks
+from training.resolve import resolve
+from training.seeds import derive
 
 CPU = Hardware("cpu", "2 CPU threads", 2, False)
 
@@ -65,9 +67,18 @@ def test_a_run_leaves_what_it_promises(run: Path, pictures: Path) -> None:
     assert all(-1 <= line["mean_cosine"] <= 1 and line["effective_rank"] > 1 for line in health)
 
 
-@pytest.mark.parametrize("mim", ["0", "1"])
-def test_a_stopped_run_continues_bit_identically(pictures: Path, tmp_path: Path, mim: str) -> None:
-    flags = ["--steps", "6", "--mim-weight", mim, "--checkpoint-minutes", "0.00001", *TINY]
+KINDS = {
+    "sop": [],
+    "sop-mim": ["--mim-weight", "1"],
+    "dino": ["--method", "dino"],
+    "massl": ["--method", "massl"],
+    "centred": ["--teacher-votes", "centred", "--accumulate", "2"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_continues_bit_identically(pictures: Path, tmp_path: Path, kind: str) -> None:
+    flags = ["--steps", "6", *KINDS[kind], "--checkpoint-minutes", "0.00001", *TINY]
     assert main(["train", str(pictures), "--out", str(tmp_path / "whole"), *flags]) == 0
     # The second run is killed by a signal after its first checkpoint past the start.
     out = tmp_path / "cut"
@@ -76,7 +87,7 @@ def test_a_stopped_run_continues_bit_identically(pictures: Path, tmp_path: Path,
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if steps_done(out) >= 1:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGUSR1 if kind == "dino" else signal.SIGTERM)
             break
         time.sleep(0.002)
     assert process.wait(60) in (130, 0)
@@ -171,6 +182,31 @@ def test_a_loss_that_is_not_finite_is_never_saved(pictures: Path, tmp_path: Path
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
+def test_the_offending_step_is_kept(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the sixth step the loss is made infinite: what that step began with is saved, and none of it was updated."""
+    out = tmp_path / "r"
+    flags = ["--steps", "2000", "--checkpoint-minutes", "1e-7", *TINY]
+    seen: dict[int, Any] = {}
+    from training.learner import Learner
+
+    backward = Learner._backward
+
+    def poisoned(self: Learner, parts: Any, groups: Any, now: Any, generator: Any) -> Any:
+        terms, outputs = backward(self, parts, groups, now, generator)
+        seen[now.step] = {name: value.clone() for name, value in self.student.state_dict().items()}
+        if now.step == 5:
+            terms["loss"] = terms["loss"] * math.inf
+        return terms, outputs
+
+    monkeypatch.setattr(Learner, "_backward", poisoned)
+    assert main(["train", str(pictures), "--out", str(out), *flags]) == 1
+    kept = torch.load(out / "offending-step.pt", weights_only=True)
+    assert kept["step"] == 5 and not math.isfinite(kept["terms"]["loss"])
+    assert same(kept["state"]["student"], seen[5]) and not same(seen[5], seen[4])
+    assert len(kept["pictures"]) == len(set(kept["pictures"])) == 16
+    assert checkpoint(out)["step"] == 5
+
+
 def test_a_resume_needs_the_same_pictures_and_precision(
     run: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -231,11 +267,17 @@ def recipe(pictures: int, hardware: Hardware = CPU, **asked: object) -> tuple[Re
 
 def test_the_preset_follows_pictures_and_hardware() -> None:
     small, why = recipe(4000)
-    assert (small.support, small.head_dim, small.smoothing, small.koleo_weight, small.mim_weight) == (4, 128, 0, 0.1, 0)
+    assert (small.support, small.head_dim, small.smoothing, small.koleo_weight, small.mim_weight) == (
+        4,
+        128,
+        0,
+        (0.1, 0.1),
+        0,
+    )
     assert small.memory <= 2000 and "half" in why["memory"] and small.weight_init == "default"
     large, _ = recipe(1_000_000, Hardware("cuda", "H200", 16, True))
     assert (large.memory, large.anchors, large.support, large.head_dim) == (65536, 4096, 8, 256)
-    assert (large.smoothing, large.koleo_weight, large.mim_weight, large.batch_size) == (0.1, 0, 1, 1024)
+    assert (large.smoothing, large.koleo_weight, large.mim_weight, large.batch_size) == (0.1, (0, 0), 1, 1024)
     assert recipe(1_000_000)[0].preset == "small"  # no GPU
     for pictures in (32, 33, 100, 1000, 49_999):
         r, _ = recipe(pictures)
@@ -282,7 +324,7 @@ def test_ema() -> None:  # 14
 def test_each_gradient_is_clipped_on_its_own() -> None:
     module = torch.nn.Linear(2, 2)
     module.weight.grad, module.bias.grad = torch.full((2, 2), 10.0), torch.full((2,), 0.1)
-    clip_each(module, 3.0)
+    clip_each(module.parameters(), 3.0)
     assert module.weight.grad.norm().item() == pytest.approx(3.0, rel=1e-4)
     assert torch.allclose(module.bias.grad, torch.full((2,), 0.1))
 

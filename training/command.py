@@ -1,0 +1,106 @@
+"""`likewise train`: finds and decodes the pictures, chooses, announces, trains, judges."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from torch import distributed as dist
+
+from export.bundle import RefusalError, list_pictures, make_folder, printable, write_unreadable
+from export.runtime import cpu_quota
+from training.cache import PictureCache, build_cache
+from training.checkpoint import NAME as CHECKPOINT
+from training.config import Hardware, Train
+from training.distributed import first_rank_first, rank, world_size
+from training.loop import Trainer
+from training.plan import print_plan
+from training.presets import choose_views
+from training.progress import bar
+from training.resolve import resolve
+
+# What a run folder may hold before its first checkpoint.
+_BEFORE = {"cache", "unreadable.tsv"}
+
+
+def train(asked: Train) -> int:
+    """Run `likewise train`; returns the exit code. Raises `RefusalError`.
+
+    Under torchrun every process calls this; the first one decodes, logs and saves.
+    """
+    with _processes(asked):
+        quiet = rank() > 0
+        console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, quiet=quiet)
+        hardware = _hardware(asked)
+        torch.set_num_threads(hardware.threads)
+        with first_rank_first():
+            cache = _pictures(asked, hardware, console)
+        views = choose_views(cache.gather(torch.arange(min(len(cache), 256)), torch.device("cpu")))
+        recipe, reasons = resolve(asked, len(cache), hardware, views)
+        trainer = Trainer(recipe, reasons, cache, asked, hardware, console)
+        if asked.plan:
+            return print_plan(trainer)
+        return trainer.fit()
+
+
+def _pictures(asked: Train, hardware: Hardware, console: Console) -> PictureCache:
+    unreadable: list[tuple[str, str]] = []
+    found = list_pictures(asked.pictures, unreadable)
+    if not asked.plan:
+        _check_folder(asked)
+    make_folder(asked.out)
+    # The number of readable pictures decides the sizes that do not depend on the cache's; decode first.
+    draft, _ = resolve(asked, max(len(found), 1), hardware)
+    name = os.fsencode(asked.pictures.resolve()).decode("utf-8", "replace")
+    with bar(console, "decoding", len(found)) as advance:
+        cache = build_cache(asked.out / "cache", found, name, draft.cache_size, hardware.threads, advance)
+    for notice in cache.notices:
+        console.print(notice)
+    unreadable += cache.unreadable
+    if rank() == 0:
+        write_unreadable(asked.out / "unreadable.tsv", unreadable)
+    if unreadable:
+        console.print(
+            f"{len(unreadable)} of {len(found)} files are skipped, for example {printable(unreadable[0][0])}: "
+            f"{unreadable[0][1]} (all in {asked.out / 'unreadable.tsv'})"
+        )
+    return cache
+
+
+def _check_folder(asked: Train) -> None:
+    if (asked.out / CHECKPOINT).is_file() and not asked.resume:
+        raise RefusalError(f"{asked.out} already holds a run: pass --resume to continue it, or choose another --out")
+    if rank() > 0 or asked.resume or not asked.out.is_dir():
+        return
+    if any(p.name not in _BEFORE and not p.name.startswith("near-duplicates") for p in asked.out.iterdir()):
+        raise RefusalError(f"{asked.out} is not empty and holds no run: choose another --out")
+
+
+@contextmanager
+def _processes(asked: Train) -> Iterator[None]:
+    """The process group, when torchrun started more than one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
+        yield
+        return
+    on_gpu = asked.device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _hardware(asked: Train) -> Hardware:
+    threads = asked.threads or max(1, cpu_quota() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise RefusalError("--device cuda was asked for, but torch sees no CUDA device: check nvidia-smi, or use cpu")
+    if asked.device != "cpu" and torch.cuda.is_available():
+        return Hardware("cuda", torch.cuda.get_device_name(), threads, torch.cuda.is_bf16_supported())
+    # bfloat16 is faster on CPUs with tile instructions only; elsewhere it is emulated, 10 times slower (measured).
+    fast = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    return Hardware("cpu", f"{threads} CPU threads", threads, fast)

@@ -1,0 +1,320 @@
+"""One run's networks, method and optimiser, and the step that moves them. No files, no console: see training/loop.py."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training.config import Recipe
+from training.dino import DINO
+from training.distributed import average_gradients, rank, world_size
+from training.encoder import Student, Teacher, build_vit, load_initial, reset_linear_layers
+from training.head import Head
+from training.loader import Batch
+from training.masks import draw_masks
+from training.method import Method, Moment, Outputs
+from training.schedules import cosine, linear_warmup, warmup_cosine
+from training.seeds import derive
+from training.sop_method import SOP, MaSSL
+from training.views import ViewDraw, ViewKind, Views
+
+METHODS: dict[str, type[Method]] = {"sop": SOP, "massl": MaSSL, "dino": DINO}
+
+
+class Speed(NamedTuple):
+    """What changes speed and memory, not the result."""
+
+    dtype: torch.dtype = torch.float32
+    """Of parameters and losses: float32, or float64 for comparisons."""
+    bf16: bool = False
+    """Backbone and head in bfloat16 (autocast)."""
+    accumulate: int = 1
+    """Parts that a rank's batch is computed in; the loss is that of the whole batch all the same."""
+    compile: bool = False
+    """torch.compile of every block."""
+    checkpoint_activations: bool = False
+    """Compute the student's blocks again in the backward pass instead of keeping their activations."""
+
+
+class Crops(NamedTuple):
+    """Views of b pictures."""
+
+    globals_: Tensor
+    """[2·b, 3, H, W], crop-major."""
+    locals_: Tensor | None
+    """[V_l·b, 3, h, w]."""
+    mask: Tensor | None
+    """[2·b, L] bool."""
+    drawn: Tensor | None
+    """[b] int64, the patch of each second global crop that enters the patch memory."""
+
+
+class Learner:
+    """Student, teacher, method and optimiser of a recipe."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, speed: Speed, views: Views) -> None:
+        self.recipe, self.device, self.speed, self.views = recipe, device, speed, views
+        torch.manual_seed(recipe.seed)
+        vit = build_vit(recipe.model, recipe.model_kwargs, recipe.image_size, recipe.drop_path)
+        if recipe.weight_init == "default":
+            reset_linear_layers(vit)
+        if recipe.init:
+            load_initial(Path(recipe.init), vit)
+        head = Head(vit.embed_dim, recipe.head_hidden, recipe.head_dim, recipe.weight_init)
+        still = build_vit(recipe.model, recipe.model_kwargs, recipe.image_size)  # the teacher has no stochastic depth
+        still.load_state_dict(vit.state_dict())
+        self.method: Method = METHODS[recipe.method](recipe)
+        self.student = Student(vit, head)
+        self.teacher = Teacher(still, copy.deepcopy(head))
+        if not recipe.mim_weight:
+            self.student.mask_token.requires_grad_(False)
+        for module in (self.method, self.student, self.teacher):
+            module.to(device=device, dtype=speed.dtype)
+        if speed.checkpoint_activations:
+            vit.set_grad_checkpointing()
+        if speed.compile:
+            for block in (*vit.blocks, *still.blocks):
+                block.compile()
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.student, self.method, recipe), lr=recipe.lr, fused=True
+        )
+        self._replica: nn.Module | None = None
+        self._frozen = False
+
+    # --- schedules ----------------------------------------------------------------------------------------------
+
+    @property
+    def head_steps(self) -> int:
+        """Steps with a frozen backbone, at most a third of the run."""
+        return min(self.recipe.head_steps, self.recipe.steps // 3)
+
+    def moment(self, step: int) -> Moment:
+        """The scheduled values of a step."""
+        r = self.recipe
+        at = {"step": step, "steps": r.steps}
+        start, end = r.teacher_temperature
+        return Moment(
+            **at,
+            lr=warmup_cosine(**at, peak=r.lr, end=r.min_lr, warmup=r.lr_warmup),
+            weight_decay=cosine(**at, start=r.weight_decay[0], end=r.weight_decay[1]),
+            momentum=cosine(**at, start=r.momentum, end=1.0),
+            teacher_temperature=linear_warmup(**at, start=start, end=end, warmup=r.temperature_warmup),
+            koleo_weight=cosine(**at, start=r.koleo_weight[0], end=r.koleo_weight[1]),
+        )
+
+    def _schedule(self, now: Moment) -> None:
+        r = self.recipe
+        frozen = now.step < self.head_steps
+        # The backbone's own warm-up starts where it is let go.
+        backbone = warmup_cosine(
+            now.step - self.head_steps, now.steps - self.head_steps, peak=r.lr, end=r.min_lr, warmup=r.lr_warmup
+        )
+        for group in self.optimizer.param_groups:
+            lr = (0.0 if frozen else backbone) if group["backbone"] else now.lr
+            group["lr"] = lr * group["scale"]
+            group["weight_decay"] = now.weight_decay if group["decays"] else 0.0
+        if self._replica is None or self._frozen != frozen:
+            self.student.vit.requires_grad_(not frozen)
+            self._replica, self._frozen = self._wrapped(), frozen
+
+    def _wrapped(self) -> nn.Module:
+        if world_size() == 1:
+            return self.student
+        return DistributedDataParallel(
+            self.student, broadcast_buffers=False, gradient_as_bucket_view=True,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+        )  # fmt: skip
+
+    # --- the step -----------------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """One optimiser step on this rank's part of a batch; returns the loss terms (on the device, detached).
+
+        Where the loss is not finite the optimiser leaves parameters and its own state as they are.
+        """
+        now = self.moment(step)
+        self._schedule(now)
+        generator = torch.Generator().manual_seed(derive(self.recipe.seed, "prototypes", step))
+        terms, outputs = self._backward(self._parts(batch, step), batch.groups, now, generator)
+        average_gradients(list(self.method.parameters()))
+        clip_each([*self.student.parameters(), *self.method.parameters()], self.recipe.clip)
+        finite = terms["loss"].detach().isfinite()
+        all_finite = finite.to(torch.float32)
+        if world_size() > 1:
+            torch.distributed.all_reduce(all_finite, torch.distributed.ReduceOp.MIN)
+        self.optimizer.found_inf = 1.0 - all_finite  # type: ignore[attr-defined]  # the fused kernel skips where it is 1
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.teacher.follow(self.student, now.momentum)
+        self.method.update(outputs, now)
+        return {name: value.detach() for name, value in terms.items()}
+
+    def _parts(self, batch: Batch, step: int) -> list[Crops]:
+        """The views of this rank's pictures, in `accumulate` parts. All numbers are drawn for the global batch."""
+        r = self.recipe
+        generator = torch.Generator().manual_seed(derive(r.seed, "step", step))
+        b = len(batch.pixels)
+        count, low = b * world_size(), b * rank()
+        aspects = batch.aspects.new_ones(count)
+        aspects[low : low + b] = batch.aspects  # the other ranks' rows are drawn and dropped
+
+        def draw(size: int, scale: tuple[float, float], kind: ViewKind) -> ViewDraw:
+            return self.views.draw(count, size, scale, kind, generator, aspects).slice(low, low + b)
+
+        large = [draw(r.image_size, r.global_scale, "first"), draw(r.image_size, r.global_scale, "second")]
+        small = [draw(r.local_size, r.local_scale, "local") for _ in range(r.local_crops)]
+        mask = drawn = None
+        if r.mim_weight:
+            side = r.image_size // r.patch_size
+            masks = draw_masks(2 * count, side, side, r.mask_probability, r.mask_ratio, r.mask_kind, generator)
+            mask = masks.view(2, count, -1)[:, low : low + b].to(self.device)
+            drawn = torch.randint(side * side, (count,), generator=generator)[low : low + b].to(self.device)
+
+        def see(draws: list[ViewDraw], side: int, start: int, end: int) -> Tensor:
+            return torch.cat([self.views.apply(batch.pixels[start:end], d.slice(start, end), side) for d in draws])
+
+        size = math.ceil(b / self.speed.accumulate)
+        return [
+            Crops(
+                see(large, r.image_size, at, min(b, at + size)),
+                see(small, r.local_size, at, min(b, at + size)) if small else None,
+                None if mask is None else mask[:, at : at + size].flatten(0, 1),
+                None if drawn is None else drawn[at : at + size],
+            )
+            for at in range(0, b, size)
+        ]
+
+    def _backward(
+        self, parts: list[Crops], groups: Tensor, now: Moment, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        if len(parts) == 1:
+            outputs = self._outputs(parts[0], groups, now, 0)
+            terms = self.method.terms(outputs, now, generator)
+            terms["loss"].backward()
+            return terms, outputs
+        # KoLeo, Sinkhorn and their like couple the pictures of a batch: the loss is taken of all rows at once, and its
+        # gradient with respect to the rows goes back part by part, through a second forward pass (Gao et al. 2021).
+        with torch.no_grad():
+            whole = join([self._outputs(part, None, now, i) for i, part in enumerate(parts)])
+        student, masked = whole.student.requires_grad_(), whole.student_masked.requires_grad_()
+        outputs = whole._replace(student=student, student_masked=masked, groups=groups)
+        terms = self.method.terms(outputs, now, generator)
+        terms["loss"].backward()
+        gradients = split(student.grad, masked.grad, parts)
+        for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
+            if isinstance(self._replica, DistributedDataParallel):
+                self._replica.require_backward_grad_sync = i == len(parts) - 1
+            rows = self._student(part, now, i)
+            pairs = [(r, g) for r, g in zip(rows, gradient, strict=True) if g is not None and len(r)]
+            torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs])
+        return terms, outputs
+
+    def _outputs(self, crops: Crops, groups: Tensor | None, now: Moment, part: int) -> Outputs:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.speed.bf16):
+            teacher, teacher_masked, drawn = self.teacher(crops.globals_, crops.mask, crops.drawn)
+        student, masked = self._student(crops, now, part)
+        return Outputs(student, teacher, masked, teacher_masked, drawn, crops.mask, groups)
+
+    def _student(self, crops: Crops, now: Moment, part: int) -> tuple[Tensor, Tensor]:
+        assert self._replica is not None
+        torch.manual_seed(derive(self.recipe.seed, f"drop path {rank()} {part}", now.step))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.speed.bf16):
+            rows: tuple[Tensor, Tensor] = self._replica(crops.globals_, crops.mask, crops.locals_)
+        return rows
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a step changes."""
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        for name in ("student", "teacher", "method", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+
+
+def parameter_groups(student: Student, method: Method, recipe: Recipe) -> list[dict[str, Any]]:
+    """AdamW's groups: weights decay, biases and other vectors do not (1.8); with initial weights the backbone's learning
+    rate is `backbone_lr` of the head's and falls by `layer_decay` for every block further from it (section 8)."""
+    depth = len(student.vit.blocks)
+    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
+    named = [*student.named_parameters(), *((f"method.{name}", p) for name, p in method.named_parameters())]
+    for name, parameter in named:
+        backbone = name.startswith("vit.")
+        scale = recipe.backbone_lr * recipe.layer_decay ** (depth + 1 - _layer(name, depth)) if backbone else 1.0
+        decays = parameter.ndim > 1
+        group = groups.setdefault((scale, decays, backbone), {"params": []})
+        group["params"].append(parameter)
+        group.update(scale=scale, decays=decays, backbone=backbone)
+    return list(groups.values())
+
+
+def _layer(name: str, depth: int) -> int:
+    """0 for embeddings, i + 1 for block i, depth + 1 for the final norm."""
+    parts = name.split(".")
+    if parts[1] == "blocks":
+        return int(parts[2]) + 1
+    return depth + 1 if parts[1] == "norm" else 0
+
+
+def join(parts: list[Outputs]) -> Outputs:
+    """The outputs of consecutive parts of a batch as those of the whole: crop-major, masked rows row-major."""
+    views = parts[0].views
+
+    def by_crop(tensors: list[Tensor], crops: int) -> Tensor:
+        return torch.cat([x.unflatten(0, (crops, -1)) for x in tensors], 1).flatten(0, 1)
+
+    masks = [p.mask for p in parts if p.mask is not None]
+    student_masked, teacher_masked = parts[0].student_masked, parts[0].teacher_masked
+    if masks:
+        order = torch.argsort(_places(masks))
+        student_masked = torch.cat([p.student_masked for p in parts])[order]
+        teacher_masked = torch.cat([p.teacher_masked for p in parts])[order]
+    return Outputs(
+        by_crop([p.student for p in parts], views), by_crop([p.teacher for p in parts], 2), student_masked,
+        teacher_masked, torch.cat([p.teacher_drawn for p in parts]), by_crop(masks, 2) if masks else None, None,
+    )  # fmt: skip
+
+
+def split(
+    student: Tensor | None, masked: Tensor | None, parts: list[Crops]
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Rows of the whole batch as those of its parts: the inverse of `join`."""
+    sizes = [len(part.globals_) // 2 for part in parts]
+    of_student: list[Tensor | None] = [None] * len(parts)
+    of_masked: list[Tensor | None] = [None] * len(parts)
+    if student is not None:
+        of_student = [rows.flatten(0, 1) for rows in student.unflatten(0, (-1, sum(sizes))).split(sizes, 1)]
+    masks = [part.mask for part in parts if part.mask is not None]
+    if masked is not None and masks:
+        of_masked = list(masked[_places(masks)].split([int(mask.sum()) for mask in masks]))
+    return list(zip(of_student, of_masked, strict=True))
+
+
+def _places(masks: list[Tensor]) -> Tensor:
+    """For every masked token of the parts' masks [2·b, L], in their order: its row among those of the whole batch."""
+    whole = torch.cat([mask.unflatten(0, (2, -1)) for mask in masks], 1)  # [2, B, L]
+    number = (whole.flatten().cumsum(0) - 1).view_as(whole)
+    sizes = [len(mask) // 2 for mask in masks]
+    return torch.cat([n.flatten(0, 1)[m] for n, m in zip(number.split(sizes, 1), masks, strict=True)])
+
+
+def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Scale down each parameter's own gradient to norm `limit` (1.8: per tensor, not over all)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    scale = (limit / (torch.stack(norms) + 1e-6)).clamp_(max=1.0)
+    torch._foreach_mul_(gradients, list(scale.unbind()))
