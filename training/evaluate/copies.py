@@ -163,7 +163,7 @@ def detect(queries: Embeddings, gallery: Embeddings, task: CopyTask) -> CopyDete
         for q, row in enumerate(found.rows):
             correct[q] = np.isin(row, wanted[q])
     has = np.asarray([len(w) > 0 for w in wanted])
-    for q in np.flatnonzero(has):
+    for q in np.flatnonzero(has).tolist():
         precisions.append(average_precision(np.flatnonzero(correct[q]), len(wanted[q])))
     pairs, positives = int(sum(len(w) for w in wanted)), int(has.sum())
     best, first = scores[:, 0], correct[:, 0]

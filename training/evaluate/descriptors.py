@@ -19,7 +19,7 @@ from training.knn import pixel_features
 Embed = Callable[[Pixels], Embeddings]
 
 HASH_SIDE = 16
-HSV_BINS = (8, 4, 4)
+HSV_BINS = (16, 4, 4)
 
 
 def raw_pixels(pixels: Pixels) -> Embeddings:
@@ -33,7 +33,7 @@ def grey_pixels(pixels: Pixels) -> Embeddings:
 
 
 def color_histogram(pixels: Pixels) -> Embeddings:
-    """uint8 [M, S, S, 3] → square roots of an HSV histogram's shares [M, 8·4·4]; the inner product is the Bhattacharyya
+    """uint8 [M, S, S, 3] → square roots of an HSV histogram's shares [M, 16·4·4]; the inner product is the Bhattacharyya
     coefficient of two histograms."""
     rows = []
     for picture in pixels:

@@ -102,7 +102,9 @@ def salt(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def mosaic(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Square cells, 10 to 16 along the longer side."""
     scale = rng.integers(10, 17) / max(image.size)
-    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BOX)
+    small = image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BOX
+    )
     return small.resize(image.size, Image.Resampling.NEAREST)
 
 
@@ -123,7 +125,7 @@ _GREY = (128, 128, 128)
 _FILTER = Image.Resampling.BICUBIC
 
 
-def _homography(source: np.ndarray, target: np.ndarray) -> list[float]:  # type: ignore[type-arg]
+def _homography(source: np.ndarray, target: np.ndarray) -> list[float]:
     """Pillow's eight numbers that take output points `source` [4, 2] to input points `target` [4, 2]."""
     rows, values = [], []
     for (x, y), (u, v) in zip(source, target, strict=True):

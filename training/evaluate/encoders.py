@@ -104,7 +104,9 @@ def open_source(source: Path, asked: Evaluate, device: torch.device, threads: in
 def _open_bundle(folder: Path, asked: Evaluate, threads: int) -> Encoder:
     from export.runtime import Runtime
 
-    given = [f"--{name.replace('_', '-')}" for name in ("fit", "image_size", "model") if getattr(asked, name) is not None]
+    given = [
+        f"--{name.replace('_', '-')}" for name in ("fit", "image_size", "model") if getattr(asked, name) is not None
+    ]
     if given:
         raise RefusalError(
             f"{folder} is a bundle, whose preprocessing is fixed: leave out {' and '.join(given)}, or evaluate the run"
@@ -151,7 +153,9 @@ def _open_run(folder: Path, asked: Evaluate, device: torch.device) -> Encoder:
 
 def _open_weights(path: Path, asked: Evaluate, device: torch.device) -> Encoder:
     if asked.model is None:
-        raise RefusalError(f"{path} is a file of weights: name its architecture with --model, such as vit_small_patch16_224")
+        raise RefusalError(
+            f"{path} is a file of weights: name its architecture with --model, such as vit_small_patch16_224"
+        )
     native_patch, native_size = native_sizes(asked.model)
     patch = asked.patch_size or native_patch
     kwargs: dict[str, Any] = {"patch_size": patch} if patch != native_patch else {}
@@ -166,7 +170,7 @@ def _open_weights(path: Path, asked: Evaluate, device: torch.device) -> Encoder:
     except RefusalError as e:  # its sentence speaks of train's flags
         said = str(e).replace("--init ", "").replace("--encoder, --patch-size", "--model, --patch-size")
         raise RefusalError(said) from e
-    config = vit.pretrained_cfg
+    config: Any = vit.pretrained_cfg
     normal = IMAGENET if asked.normalization == "imagenet" else (tuple(config["mean"]), tuple(config["std"]))
     prepared = _preprocess(PreprocessSpec(size=size), asked)
     about = {"kind": "weights", "model": asked.model, "kwargs": kwargs, "normalization": asked.normalization}
@@ -206,6 +210,15 @@ def _preprocess(spec: PreprocessSpec, asked: Evaluate) -> PreprocessSpec:
 
 def _name(source: Path) -> str:
     return source.resolve().name
+
+
+def multi_scale(encoder: Encoder) -> Extractor:
+    """Whole pictures at three scales where there is a torch network; a bundle's fixed square input otherwise."""
+    plain, network = encoder.extractor, encoder.network
+    if network is None:
+        return plain
+    identity = sha256_json([plain.digest, "scales", MULTI_SCALE])
+    return plain._replace(digest=identity, embed=lambda pixels: network.embed_scales(pixels[0])[None], whole=True)
 
 
 def renamed(encoder: Encoder, name: str) -> Encoder:

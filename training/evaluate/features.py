@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from export.bundle import Embeddings, RefusalError, make_folder, sha256_json, write_file
 from export.preprocess import PictureFile, Pixels, PreprocessSpec, UnreadablePictureError, preprocess
-from training.evaluate.pictures import PictureSet, digest
+from training.evaluate.pictures import PictureSet, digest, whole_picture
 
 SHARD = 1024
 FORMAT = "features/1"  # a change to any extractor's code is a new one
@@ -35,6 +35,8 @@ class Extractor(NamedTuple):
     """How its pictures are prepared."""
     embed: Callable[[Pixels], Embeddings]
     """uint8 [M, S, S, 3] → float32 [M, D], unit rows."""
+    whole: bool = False
+    """Give it the whole picture [1, H, W, 3], aspect kept, longer side `spec.size`, one at a time."""
 
 
 class Features(NamedTuple):
@@ -95,23 +97,28 @@ Shard = tuple[npt.NDArray[np.int64], Embeddings]
 def _make(
     part: list[PictureFile], extractors: list[Extractor], batch: int, unreadable: list[tuple[str, str]]
 ) -> dict[str, Shard]:
-    specs = list(dict.fromkeys(e.spec for e in extractors))
+    kinds = list(dict.fromkeys((e.spec, e.whole) for e in extractors))
     result: dict[str, Shard] = {}
-    for spec in specs:
-        mine = [e for e in extractors if e.spec == spec]
+    for spec, whole in kinds:
+        mine = [e for e in extractors if (e.spec, e.whole) == (spec, whole)]
         readable: list[int] = []
         rows: dict[str, list[Embeddings]] = {e.name: [] for e in mine}
         for low in range(0, len(part), batch):
             pixels = []
             for i in range(low, min(low + batch, len(part))):
                 try:
-                    pixels.append(preprocess(part[i].read(), spec).pixels)
+                    data = part[i].read()
+                    image = np.asarray(whole_picture(data, spec.size)) if whole else preprocess(data, spec).pixels
+                    pixels.append(image)
                     readable.append(i)
                 except UnreadablePictureError as e:
-                    if spec is specs[0]:
+                    if (spec, whole) == kinds[0]:
                         unreadable.append((part[i].key, str(e)))
             for extractor in mine if pixels else ():
-                values = extractor.embed(np.stack(pixels))
+                if whole:
+                    values = np.concatenate([extractor.embed(image[None]) for image in pixels])
+                else:
+                    values = extractor.embed(np.stack(pixels))
                 if not np.isfinite(values).all():
                     raise RefusalError(
                         f"{extractor.name} gives features that are not finite, for example on {part[low].key} or one of "
@@ -126,7 +133,7 @@ def _make(
 
 
 def _identity(extractor: Extractor, part: list[PictureFile]) -> tuple[str, str]:
-    made_by = sha256_json([FORMAT, extractor.digest, extractor.spec.sha256()])
+    made_by = sha256_json([FORMAT, extractor.digest, extractor.spec.sha256(), extractor.whole])
     return made_by, digest(part)
 
 

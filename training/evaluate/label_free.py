@@ -125,9 +125,7 @@ def label_free_all(
                 ranks[name][number, low : low + len(part)] = _ranks(unit_rows(embed(pixels)), galleries[name], part)
         advance(len(part))
     digest = identity.hexdigest()
-    return {
-        name: _summary(found, list(edits), chosen, len(pictures), digest, seed) for name, found in ranks.items()
-    }
+    return {name: _summary(found, list(edits), chosen, len(pictures), digest, seed) for name, found in ranks.items()}
 
 
 def compare(a: LabelFree, b: LabelFree) -> Comparison:

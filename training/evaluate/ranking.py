@@ -99,7 +99,7 @@ def faiss_searcher(gallery: Embeddings) -> Search:
     """`IndexFlatIP`: exact inner products in float32."""
     index = faiss.IndexFlatIP(gallery.shape[1])
     index.add(gallery)
-    return lambda queries, k: index.search(queries, k)  # type: ignore[no-any-return]
+    return lambda queries, k: index.search(queries, k)
 
 
 def torch_searcher(gallery: Embeddings) -> Search:

@@ -11,7 +11,7 @@ import torch
 from export.bundle import Embeddings
 from training.evaluate.metrics import average_precision
 from training.evaluate.ranking import full_rankings, top_k
-from training.knn import K, TEMPERATURE, knn_vote
+from training.knn import TEMPERATURE, K, knn_vote
 
 Labels = npt.NDArray[np.int64]
 RECALL_AT = (1, 5, 10)
