@@ -54,7 +54,8 @@ def test_heavy_packages_have_one_importer() -> None:
             for module in imports(path):
                 importers.setdefault(module.split(".")[0], set()).add(str(path.relative_to(ROOT)))
     assert importers["onnxruntime"] == {"export/runtime.py"}
-    assert importers["faiss"] == {"service/index.py"}
+    assert importers["faiss"] == {"service/index.py", "training/evaluate/ranking.py"}
+    assert importers["matplotlib"] == {"training/evaluate/plots.py"}
     assert importers["sqlite3"] == {"service/records.py"}
     assert importers["pyarrow"] == {"service/segment.py"}
     assert importers["timm"] <= {"training/encoder.py", "training/loop.py", "export/onnx_graph.py"}
@@ -63,7 +64,10 @@ def test_heavy_packages_have_one_importer() -> None:
     assert not any(p.startswith("service/") for p in importers["torch"])
 
 
-@pytest.mark.parametrize("module", ["service.server", "service.build", "service.client", "likewise", "training.config"])
+@pytest.mark.parametrize(
+    "module",
+    ["service.server", "service.build", "service.client", "likewise", "training.config", "training.evaluate.config"],
+)
 def test_serving_and_help_do_not_load_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+K = 20
+TEMPERATURE = 0.07
+
 
 def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07,
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = K, temperature: float = TEMPERATURE,
     leave_one_out: bool = False,
 ) -> float:  # fmt: skip
     """Share of queries whose k nearest rows vote for the right label with weight exp(cos / temperature).
@@ -24,9 +27,16 @@ def knn_accuracy(
             rows = torch.arange(len(similarity))
             similarity[rows, rows + low] = -2.0
         top, index = similarity.topk(min(k, len(bank) - int(leave_one_out)), dim=1)
-        votes = torch.zeros(len(top), classes).scatter_add_(1, bank_labels[index], (top / temperature).exp())
-        right += int((votes.argmax(1) == labels[low : low + 1024]).sum())
+        chosen = knn_vote(top, bank_labels[index], classes, temperature)
+        right += int((chosen == labels[low : low + 1024]).sum())
     return right / len(queries)
+
+
+def knn_vote(cosines: Tensor, labels: Tensor, classes: int, temperature: float = TEMPERATURE) -> Tensor:
+    """The class with the largest sum of exp(cos / temperature): cosines and labels [M, k] → classes [M]."""
+    weights = (cosines.double() / temperature).exp()  # float64: at cosine 1 the weight is 1.6 million
+    votes = torch.zeros(len(cosines), classes, dtype=torch.float64).scatter_add_(1, labels, weights)
+    return votes.argmax(1)
 
 
 def pixel_features(pictures: Tensor, grey: bool, side: int = 32) -> Tensor:

@@ -1,0 +1,1 @@
+"""What an encoder is worth: `likewise evaluate` (docs/evaluation.md)."""

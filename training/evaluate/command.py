@@ -1,0 +1,108 @@
+"""`likewise evaluate SOURCE DATA --out FOLDER`: open, choose the tasks, extract features, measure, write.
+
+OUT/
+    results.json        every figure with its protocol, seed and digests
+    *.png               bars, precision against recall, neighbours
+    features/           what a repeated evaluation reuses (features.py)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from export.bundle import RefusalError, make_folder, printable, write_file, write_unreadable
+from export.runtime import cpu_quota
+from training.evaluate import plots
+from training.evaluate.config import Evaluate, Task
+from training.evaluate.encoders import open_source, renamed
+from training.evaluate.report import print_tables
+from training.evaluate.tasks import Evaluation
+
+RESULTS_FORMAT = 1
+
+
+def evaluate(asked: Evaluate) -> int:
+    """Run `likewise evaluate`; returns the exit code. Raises `RefusalError`."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise RefusalError("--device cuda was asked for, but torch sees no CUDA device: check nvidia-smi, or use cpu")
+    device = torch.device("cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu")
+    threads = asked.threads or cpu_quota()
+    torch.set_num_threads(threads)
+    encoders = [open_source(asked.source, asked, device, threads)]
+    if asked.against is not None:
+        other = open_source(asked.against, asked, device, threads)
+        first = encoders[0].extractor.name
+        if other.extractor.name == first:
+            encoders[0], other = renamed(encoders[0], f"{first} (source)"), renamed(other, f"{first} (against)")
+        encoders.append(other)
+
+    with _bars(console) as bar:
+        evaluation = Evaluation(asked, encoders, bar)
+        tasks = evaluation.choose()
+        console.print(f"tasks: {', '.join(tasks)}" + ("" if asked.tasks else "  (what the data offer)"))
+        make_folder(asked.out)
+        results: dict[str, Any] = {task: evaluation.measure(task) for task in tasks}
+        if len(encoders) == 2:
+            results["agreement"] = evaluation.agreement()
+    _unreadable(evaluation, asked, console)
+    for note in evaluation.notes:
+        console.print(printable(note))
+    print_tables(Console(highlight=False, markup=False), results)
+    stored = {
+        "format_version": RESULTS_FORMAT,
+        "encoders": {e.extractor.name: e.about | {"digest": e.extractor.digest} for e in encoders},
+        "data": evaluation.about_data(),
+        "settings": json.loads(asked.model_dump_json()),
+        "unreadable": len(evaluation.unreadable),
+        "notes": evaluation.notes,
+        "tasks": results,
+    }
+    write_file(asked.out / "results.json", json.dumps(stored, indent=2, ensure_ascii=False))
+    drawn = _draw(evaluation, results, tasks, asked)
+    console.print(f"done: {asked.out / 'results.json'}, {', '.join(drawn)}")
+    return 0
+
+
+def _draw(evaluation: Evaluation, results: dict[str, Any], tasks: list[Task], asked: Evaluate) -> list[str]:
+    drawn = [plots.bars(results, asked.out / "scores.png")]
+    if "copies" in tasks:
+        drawn.append(plots.precision_recall(evaluation.curves, asked.out / "precision_recall.png"))
+    for number, sheet in enumerate(evaluation.neighbor_sheets()):
+        name = "neighbors.png" if number == 0 else "neighbors_against.png"
+        drawn.append(plots.neighbors(sheet, asked.out / name))
+    return drawn
+
+
+def _unreadable(evaluation: Evaluation, asked: Evaluate, console: Console) -> None:
+    found = evaluation.unreadable
+    write_unreadable(asked.out / "unreadable.tsv", found)
+    if found:
+        console.print(
+            f"{len(found)} files are skipped, for example {printable(found[0][0])}: {printable(found[0][1])} (all in "
+            f"{asked.out / 'unreadable.tsv'})"
+        )
+
+
+Bar = Callable[[str, int], Callable[[int], None]]
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Bar]:
+    """Makes progress bars on a terminal, nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+
+        def bar(title: str, total: int) -> Callable[[int], None]:
+            task = progress.add_task(title, total=total)
+            return lambda count: progress.advance(task, count)
+
+        yield bar

@@ -1,0 +1,226 @@
+"""SOURCE → an encoder to evaluate: a run, a bundle (its ONNX graph, no torch network), or a file of timm weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from export.bundle import Bundle, Embeddings, RefusalError, read_run, sha256_file, sha256_json, tensors_sha256
+from export.preprocess import Pixels, PreprocessSpec
+from training.encoder import VisionTransformer, build_vit, load_initial, native_sizes, reset_linear_layers
+from training.evaluate.config import Evaluate
+from training.evaluate.features import Extractor
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MULTI_SCALE = (1.0, 2**-0.5, 0.5)
+
+
+class Encoder(NamedTuple):
+    """What is evaluated."""
+
+    kind: Literal["run", "bundle", "weights"]
+    """Where it comes from."""
+    extractor: Extractor
+    """Name, digest, preprocessing and the function."""
+    network: Network | None
+    """The torch network behind it; None for a bundle."""
+    about: dict[str, Any]
+    """What results.json says of it."""
+    untrained: Callable[[], Extractor] | None
+    """Builds the same architecture with random weights; None for a bundle."""
+
+
+class Network:
+    """A ViT with its normalisation: [CLS] after the final norm, as unit rows."""
+
+    def __init__(
+        self, vit: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    ) -> None:
+        self.vit = vit.eval().requires_grad_(False).to(device)
+        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
+        self._device = device
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        height, width = self.vit.patch_embed.patch_size
+        return int(height), int(width)
+
+    def normalise(self, pixels: Pixels) -> Tensor:
+        """uint8 [M, H, W, 3] → float32 [M, 3, H, W] on the device."""
+        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device).permute(0, 3, 1, 2)
+        return (x.float() / 255.0 - self._mean) / self._std
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """Normalised [M, 3, H, W] → [CLS] [M, C]."""
+        return self.vit.forward_features(images)[:, 0].float()
+
+    def embed(self, pixels: Pixels) -> Embeddings:
+        """uint8 [M, S, S, 3] → unit rows [M, C]."""
+        rows: Embeddings = F.normalize(self.tokens(self.normalise(pixels)), dim=1).cpu().numpy()
+        return rows
+
+    def embed_scales(self, pixels: Pixels, scales: tuple[float, ...] = MULTI_SCALE) -> Embeddings:
+        """One whole picture uint8 [H, W, 3] of any size → [C]: [CLS] averaged over `scales`, then length 1.
+
+        Bilinear; each side is rounded to a multiple of the patch, at least one patch (spec/sop.md section 5).
+        """
+        images = self.normalise(pixels[None])
+        total = torch.zeros(self.vit.embed_dim)
+        for scale in scales:
+            sides = [max(p, round(s * scale / p) * p) for s, p in zip(pixels.shape[:2], self.patch, strict=True)]
+            scaled = images
+            if sides != list(pixels.shape[:2]):
+                scaled = F.interpolate(images, size=sides, mode="bilinear", align_corners=False)
+            total += self.tokens(scaled)[0].cpu()
+        row: Embeddings = F.normalize(total / len(scales), dim=0).numpy()
+        return row
+
+
+def open_source(source: Path, asked: Evaluate, device: torch.device, threads: int) -> Encoder:
+    """Open a run folder, a bundle folder or a weights file. Raises `RefusalError` when it is none of them, or damaged."""
+    if (source / "manifest.json").is_file():
+        return _open_bundle(source, asked, threads)
+    if (source / "run.json").is_file():
+        return _open_run(source, asked, device)
+    if source.is_file():
+        return _open_weights(source, asked, device)
+    raise RefusalError(
+        f"{source} is neither a run (run.json), nor a bundle (manifest.json), nor a file of weights: give what "
+        "`likewise train` or `likewise export` wrote, or a .safetensors or .pth file with --model NAME"
+    )
+
+
+def _open_bundle(folder: Path, asked: Evaluate, threads: int) -> Encoder:
+    from export.runtime import Runtime
+
+    given = [
+        f"--{name.replace('_', '-')}" for name in ("fit", "image_size", "model") if getattr(asked, name) is not None
+    ]
+    if given:
+        raise RefusalError(
+            f"{folder} is a bundle, whose preprocessing is fixed: leave out {' and '.join(given)}, or evaluate the run"
+        )
+    runtime = Runtime(Bundle.open(folder), device=asked.device, threads=threads)
+    manifest = runtime.bundle.manifest
+    identity = sha256_json(["bundle", manifest.space_id, manifest.files["model.onnx"].sha256, runtime.provider])
+    about = {"kind": "bundle", "space_id": manifest.space_id, "model": manifest.encoder.model,
+             "image_size": manifest.encoder.image_size, "provider": runtime.provider}  # fmt: skip
+    extractor = Extractor(_name(folder), identity, manifest.preprocess, runtime.embed)
+    return Encoder("bundle", extractor, None, about, None)
+
+
+def _open_run(folder: Path, asked: Evaluate, device: torch.device) -> Encoder:
+    run = read_run(folder)
+    spec = run.encoder
+    path = folder / "encoder.safetensors"
+    if not path.is_file():
+        raise RefusalError(f"{path} is missing: resume the run so that it writes its encoder")
+    try:
+        state = load_file(path)
+    except Exception as e:  # safetensors raises a type of its own
+        raise RefusalError(f"{path} cannot be read as weights ({e}): resume the run so that it writes it again") from e
+    found = tensors_sha256({name: value.numpy() for name, value in state.items()})
+    if found != run.weights_sha256:
+        raise RefusalError(
+            f"{path} has weights {found[:12]}…, run.json says {run.weights_sha256[:12]}…: the run was interrupted while "
+            "saving; continue it with --resume"
+        )
+
+    def build() -> VisionTransformer:
+        return build_vit(spec.model, spec.kwargs, spec.image_size)
+
+    vit = build()
+    vit.load_state_dict(state)
+    prepared = _preprocess(run.preprocess, asked)
+    about = {"kind": "run", "model": spec.model, "kwargs": spec.kwargs, "method": run.method,
+             "steps_done": run.steps_done, "weights_sha256": run.weights_sha256,
+             "views": run.config.get("views")}  # fmt: skip
+    standard = run.config.get("weight_init") == "default"
+    return _network_encoder("run", folder, vit, build, standard, (spec.mean, spec.std), found, prepared, about, asked,
+                            device)  # fmt: skip
+
+
+def _open_weights(path: Path, asked: Evaluate, device: torch.device) -> Encoder:
+    if asked.model is None:
+        raise RefusalError(
+            f"{path} is a file of weights: name its architecture with --model, such as vit_small_patch16_224"
+        )
+    native_patch, native_size = native_sizes(asked.model)
+    patch = asked.patch_size or native_patch
+    kwargs: dict[str, Any] = {"patch_size": patch} if patch != native_patch else {}
+    size = asked.image_size or native_size
+
+    def build() -> VisionTransformer:
+        return build_vit(asked.model or "", kwargs, size)
+
+    vit = build()
+    try:
+        load_initial(path, vit)
+    except RefusalError as e:  # its sentence speaks of train's flags
+        said = str(e).replace("--init ", "").replace("--encoder, --patch-size", "--model, --patch-size")
+        raise RefusalError(said) from e
+    config: Any = vit.pretrained_cfg
+    normal = IMAGENET if asked.normalization == "imagenet" else (tuple(config["mean"]), tuple(config["std"]))
+    prepared = _preprocess(PreprocessSpec(size=size), asked)
+    about = {"kind": "weights", "model": asked.model, "kwargs": kwargs, "normalization": asked.normalization}
+    return _network_encoder("weights", path, vit, build, False, normal, sha256_file(path), prepared, about, asked,
+                            device)  # fmt: skip
+
+
+def _network_encoder(
+    kind: Literal["run", "weights"], source: Path, vit: VisionTransformer, build: Callable[[], VisionTransformer],
+    standard_init: bool, normal: tuple[tuple[float, ...], tuple[float, ...]], weights: str, spec: PreprocessSpec,
+    about: dict[str, Any], asked: Evaluate, device: torch.device,
+) -> Encoder:  # fmt: skip
+    patch = max(int(p) for p in vit.patch_embed.patch_size)
+    if spec.size % patch:
+        raise RefusalError(f"--image-size {spec.size} is not a multiple of the patch size {patch}: choose another")
+    network = Network(vit, *normal, device)
+    parts = [kind, weights, {k: v for k, v in about.items() if k in ("model", "kwargs")}, normal, device.type]
+
+    def untrained() -> Extractor:
+        with torch.random.fork_rng():
+            torch.manual_seed(asked.seed)
+            fresh = build()
+            if standard_init:
+                reset_linear_layers(fresh)
+        identity = sha256_json(["untrained", asked.seed, standard_init, spec.size, *parts[2:]])
+        return Extractor("untrained network", identity, spec, Network(fresh, *normal, device).embed)
+
+    about = {**about, "image_size": spec.size, "fit": spec.fit, "embedding_dim": vit.embed_dim}
+    extractor = Extractor(_name(source), sha256_json(parts), spec, network.embed)
+    return Encoder(kind, extractor, network, about, untrained)
+
+
+def _preprocess(spec: PreprocessSpec, asked: Evaluate) -> PreprocessSpec:
+    changed = {"fit": asked.fit, "size": asked.image_size}
+    return spec.model_copy(update={name: value for name, value in changed.items() if value is not None})
+
+
+def _name(source: Path) -> str:
+    return source.resolve().name
+
+
+def multi_scale(encoder: Encoder) -> Extractor:
+    """Whole pictures at three scales where there is a torch network; a bundle's fixed square input otherwise."""
+    plain, network = encoder.extractor, encoder.network
+    if network is None:
+        return plain
+    identity = sha256_json([plain.digest, "scales", MULTI_SCALE])
+    return plain._replace(digest=identity, embed=lambda pixels: network.embed_scales(pixels[0])[None], whole=True)
+
+
+def renamed(encoder: Encoder, name: str) -> Encoder:
+    """The same encoder under another name in the output."""
+    return encoder._replace(extractor=encoder.extractor._replace(name=name), about=copy.deepcopy(encoder.about))

@@ -1,0 +1,188 @@
+"""A score without labels: does an edited picture find its original among all pictures?
+
+The edits are those of edits.py, which training never makes. The answer is 1 for a picture that is found first; the score
+is the mean over pictures and edits. It ranks encoders on the user's own pictures; it says nothing about meaning, which
+only labels know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from export.bundle import Embeddings, RefusalError
+from export.preprocess import Pixels, PreprocessSpec, preprocess
+from training.evaluate.edits import EDITS, Edit
+from training.evaluate.metrics import Interval, bootstrap
+from training.evaluate.pictures import whole_picture
+from training.evaluate.ranking import top_k
+from training.evaluate.retrieval import unit_rows
+
+Embed = Callable[[Pixels], Embeddings]
+Picture = bytes | Image.Image
+
+QUERIES = 500
+BATCH = 64
+
+
+class LabelFree(NamedTuple):
+    """Self-retrieval of edited pictures by one encoder."""
+
+    recall_at_1: Interval
+    """Share of the edited pictures that find their original first; the error is over pictures, by bootstrap."""
+    mean_reciprocal_rank: Interval
+    """Mean of 1 / rank of the original, rank from 1."""
+    by_edit: dict[str, tuple[float, float]]
+    """Edit → (recall at 1, mean reciprocal rank)."""
+    ranks: npt.NDArray[np.int64]
+    """[edits, M] rank of the original, from 0."""
+    pictures: npt.NDArray[np.int64]
+    """[M] which of the pictures were edited, ascending."""
+    gallery: int
+    """How many pictures were searched."""
+    queries_sha256: str
+    """Names pictures, edits and seed: two results may be compared when theirs are equal."""
+    seed: int
+    """Of the edits and the bootstrap."""
+
+
+class Comparison(NamedTuple):
+    """b minus a on the same queries; the intervals are over pictures, by paired bootstrap."""
+
+    recall_at_1: Interval
+    """Difference of recall at 1."""
+    mean_reciprocal_rank: Interval
+    """Difference of the mean reciprocal rank."""
+
+    @property
+    def verdict(self) -> str:
+        """better, worse or no difference: whether the 95 % interval of the reciprocal rank's difference excludes 0."""
+        if self.mean_reciprocal_rank.low > 0:
+            return "better"
+        return "worse" if self.mean_reciprocal_rank.high < 0 else "no difference"
+
+
+def label_free(
+    embed: Embed,
+    pictures: Sequence[Picture],
+    spec: PreprocessSpec,
+    seed: int,
+    queries: int = QUERIES,
+    edits: Mapping[str, Edit] = EDITS,
+    gallery: Embeddings | None = None,
+) -> LabelFree:
+    """Score one encoder. `embed` takes pixels prepared by `spec`, uint8 [M, S, S, 3], and gives float32 [M, D].
+
+    `pictures` (encoded bytes, or RGB images) are all searched; up to `queries` of them, drawn from the seed, are edited
+    with every edit. `gallery` [N, D]: features of the unedited pictures where they exist already. The same pictures,
+    seed and edits give the same queries, whatever the encoder. Raises `RefusalError` for fewer than two pictures, and
+    `UnreadablePictureError` for bytes that are no picture.
+    """
+    galleries = None if gallery is None else {"": gallery}
+    return label_free_all({"": embed}, pictures, spec, seed, queries, edits, galleries)[""]
+
+
+def label_free_all(
+    embeds: Mapping[str, Embed],
+    pictures: Sequence[Picture],
+    spec: PreprocessSpec,
+    seed: int,
+    queries: int = QUERIES,
+    edits: Mapping[str, Edit] = EDITS,
+    galleries: Mapping[str, Embeddings] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, LabelFree]:
+    """`label_free` of several encoders that share a preprocessing; each picture is edited once for all of them."""
+    if len(pictures) < 2:
+        raise RefusalError(f"{len(pictures)} readable pictures, at least 2 are needed to search among: add pictures")
+    rng = np.random.default_rng(_seed(seed, "pictures", 0))
+    chosen = np.sort(rng.choice(len(pictures), min(queries, len(pictures)), replace=False))
+    if galleries is None:
+        galleries = {name: _gallery(embed, pictures, spec) for name, embed in embeds.items()}
+    ranks = {name: np.empty((len(edits), len(chosen)), np.int64) for name in embeds}
+    identity = hashlib.sha256(f"{seed}/{len(pictures)}/{','.join(edits)}".encode())
+    side = int(np.clip(2 * spec.size, 64, max(512, spec.size)))
+    for low in range(0, len(chosen), BATCH):
+        part = chosen[low : low + BATCH]
+        originals = []
+        for i in part:
+            data = _encoded(pictures[int(i)])
+            identity.update(f"{i}/{hashlib.sha256(data).hexdigest()}".encode())
+            originals.append(whole_picture(data, side))
+        for number, (edit_name, edit) in enumerate(edits.items()):
+            edited = []
+            for i, original in zip(part, originals, strict=True):
+                changed = edit(original, np.random.default_rng(_seed(seed, edit_name, int(i))))
+                edited.append(preprocess(_encoded(changed), spec).pixels)
+            pixels = np.stack(edited)
+            for name, embed in embeds.items():
+                ranks[name][number, low : low + len(part)] = _ranks(unit_rows(embed(pixels)), galleries[name], part)
+        advance(len(part))
+    digest = identity.hexdigest()
+    return {name: _summary(found, list(edits), chosen, len(pictures), digest, seed) for name, found in ranks.items()}
+
+
+def compare(a: LabelFree, b: LabelFree) -> Comparison:
+    """How much better b is than a, paired by picture. Raises `ValueError` unless both answered the same queries."""
+    if a.queries_sha256 != b.queries_sha256:
+        raise ValueError("the two scores were measured on different pictures, edits or seeds: measure both alike")
+    hits = (b.ranks == 0).mean(0) - (a.ranks == 0).mean(0)  # per picture, over its edits
+    reciprocal = (1 / (b.ranks + 1)).mean(0) - (1 / (a.ranks + 1)).mean(0)
+    return Comparison(bootstrap(hits, a.seed), bootstrap(reciprocal, a.seed))
+
+
+def neighbor_agreement(a: Embeddings, b: Embeddings, k: int = 10) -> float:
+    """Share of each picture's k nearest others that two encoders have in common, averaged: unit rows [N, D], [N, E].
+
+    1 is the same neighbours; independent encoders agree by k / (N − 1).
+    """
+    own = np.arange(len(a))
+    first, second = top_k(a, a, k, own).rows, top_k(b, b, k, own).rows
+    common = (first[:, :, None] == second[:, None, :]).any(2).sum(1)
+    return float((common / first.shape[1]).mean())
+
+
+def _ranks(queries: Embeddings, gallery: Embeddings, own: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many gallery rows are at least as near as the original: a tie counts against the encoder, or a collapsed one
+    would look perfect. Cosines within 1e-6 are ties."""
+    cosines = queries.astype(np.float64) @ gallery.astype(np.float64).T
+    mine = cosines[np.arange(len(own)), own]
+    found: npt.NDArray[np.int64] = (cosines >= mine[:, None] - 1e-6).sum(1) - 1
+    return found
+
+
+def _gallery(embed: Embed, pictures: Sequence[Picture], spec: PreprocessSpec) -> Embeddings:
+    rows = []
+    for low in range(0, len(pictures), BATCH):
+        part = range(low, min(low + BATCH, len(pictures)))
+        rows.append(embed(np.stack([preprocess(_encoded(pictures[i]), spec).pixels for i in part])))
+    return unit_rows(np.concatenate(rows))
+
+
+def _summary(
+    ranks: npt.NDArray[np.int64], edits: list[str], chosen: npt.NDArray[np.int64], gallery: int, digest: str, seed: int
+) -> LabelFree:
+    hits, reciprocal = (ranks == 0).astype(np.float64), 1 / (ranks + 1)
+    by_edit = {name: (float(hits[e].mean()), float(reciprocal[e].mean())) for e, name in enumerate(edits)}
+    overall = bootstrap(hits.mean(0), seed), bootstrap(reciprocal.mean(0), seed)
+    return LabelFree(*overall, by_edit, ranks, chosen, gallery, digest, seed)
+
+
+def _encoded(picture: Picture) -> bytes:
+    """A file's bytes; images are written without loss."""
+    if isinstance(picture, bytes):
+        return picture
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+def _seed(seed: int, purpose: str, number: int) -> int:
+    digest = hashlib.sha256(f"label-free/{seed}/{purpose}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")

@@ -1,0 +1,151 @@
+"""Picture sets to evaluate on: files with their labels, read as bytes, and the digest that names them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from PIL import Image
+
+from export.bundle import RefusalError, list_pictures, sha256_json
+from export.preprocess import PictureFile, PreprocessSpec, preprocess
+
+
+class PictureSet(NamedTuple):
+    """Pictures of one role."""
+
+    name: str
+    """What the role is called in the output: queries, gallery, bank."""
+    folder: Path
+    """Where they lie."""
+    pictures: list[PictureFile]
+    """In key order."""
+
+    def only(self, rows: Sequence[int], name: str | None = None) -> PictureSet:
+        """A part of it, in the order of `rows`."""
+        return PictureSet(name or self.name, self.folder, [self.pictures[i] for i in rows])
+
+
+def read_set(name: str, folder: Path, unreadable: list[tuple[str, str]]) -> PictureSet:
+    """The pictures below `folder`. Raises `RefusalError` where there are none."""
+    return PictureSet(name, folder, list_pictures(folder, unreadable))
+
+
+def digest(pictures: Sequence[PictureFile]) -> str:
+    """Hex digest over keys, sizes and times of change, in order: which pictures, without reading them all."""
+    return sha256_json([[p.key, p.size, p.mtime_ns] for p in pictures])
+
+
+class Labels:
+    """Label of a picture: from a list (`--labels`), or the first folder below the set's folder.
+
+    Attributes: `source`, a sentence fragment that says which.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._table = None if file is None else _read_table(file, ("path", "label"))
+        self._used: set[str] = set()
+        self._file = file
+        self.source = "the first folder's name" if file is None else f"the list {file.name}"
+
+    def of(self, pictures: PictureSet) -> list[str | None]:
+        """A label per picture, None where it has none."""
+        if self._table is None:
+            names = [p.folder for p in pictures.pictures]
+            return [name or None for name in names] if len(set(names)) > 1 else [None] * len(names)
+        by_path = {row["path"]: row["label"] for row in self._table}
+        found = []
+        for picture in pictures.pictures:
+            name = next((n for n in (picture.key, str(picture.path), picture.path.name) if n in by_path), None)
+            found.append(by_path[name] if name is not None else None)
+        if not any(found):
+            raise RefusalError(
+                f"{self._file} names none of the {len(found)} pictures in {pictures.folder}: expected in its column "
+                f"`path` names relative to that folder, such as {pictures.pictures[0].key}"
+            )
+        return found
+
+
+def read_pairs(file: Path) -> dict[str, list[str]]:
+    """--pairs: query → its originals, from columns `query` and `original`; a query may stand in several rows.
+
+    Raises `RefusalError`.
+    """
+    pairs: dict[str, list[str]] = {}
+    for row in _read_table(file, ("query", "original")):
+        pairs.setdefault(row["query"], [])
+        if row["original"]:
+            pairs[row["query"]].append(row["original"])
+    return pairs
+
+
+def _read_table(file: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Rows of a CSV with a header, or of a file with a JSON object per line (.jsonl). Raises `RefusalError`."""
+    expected = f"expected a CSV with the header {','.join(columns)}, or .jsonl with these names in each line"
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        rows: list[dict[str, Any]]
+        if file.suffix.lower() in (".jsonl", ".ndjson"):
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = list(csv.DictReader(text.splitlines()))
+    except (OSError, ValueError, csv.Error) as e:
+        raise RefusalError(f"{file} cannot be read as a list ({e}): {expected}") from None
+    if not rows:
+        raise RefusalError(f"{file} holds no rows: {expected}")
+    for number, row in enumerate(rows, 1):
+        missing = [c for c in columns if not isinstance(row, dict) or row.get(c) is None]
+        if missing:
+            raise RefusalError(f"{file} lacks {missing[0]!r} in row {number}: {expected}")
+    return [{c: str(row[c]) for c in columns} for row in rows]
+
+
+class Classes(NamedTuple):
+    """Labels of several sets as numbers."""
+
+    names: list[str]
+    """Sorted."""
+    numbers: list[np.ndarray[Any, np.dtype[np.int64]]]
+    """Per set, −1 for no label."""
+
+
+def enumerate_classes(*sets: list[str | None]) -> Classes:
+    """One numbering for all sets."""
+    names = sorted({label for labels in sets for label in labels if label is not None})
+    number = {name: i for i, name in enumerate(names)}
+    return Classes(names, [np.asarray([-1 if v is None else number[v] for v in labels], np.int64) for labels in sets])
+
+
+class LazyPictures(Sequence[bytes]):
+    """Encoded pictures, read when asked for."""
+
+    def __init__(self, pictures: Sequence[PictureFile]) -> None:
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [p.read() for p in self._pictures[index]]
+        return self._pictures[index].read()
+
+
+def whole_picture(data: bytes, longer_side: int) -> Image.Image:
+    """The whole picture, aspect kept, its longer side `longer_side` px: `export.preprocess` without its padding.
+
+    Raises `UnreadablePictureError`.
+    """
+    done = preprocess(data, PreprocessSpec(size=longer_side, fit="pad"))
+    scale = longer_side / max(done.width, done.height)
+    width, height = (min(longer_side, max(1, round(side * scale))) for side in (done.width, done.height))
+    left, top = (longer_side - width) // 2, (longer_side - height) // 2
+    return Image.fromarray(done.pixels[top : top + height, left : left + width])
