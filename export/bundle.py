@@ -3,6 +3,7 @@
     run/                     (training writes, export reads)
         run.json             RunManifest
         encoder.safetensors  the teacher's backbone
+        initial.safetensors  what it started from, and verdict.json, which of both is better (runs with --init)
     bundle/                  (export writes, service reads)
         manifest.json        BundleManifest: identity, checksums, canary
         model.onnx           uint8 [batch, H, W, 3] → float32 [batch, D], unit rows
@@ -118,6 +119,19 @@ class RunManifest(Contract):
     """Optimiser steps that were planned."""
     weights_sha256: str
     """Digest of the teacher's tensors (`tensors_sha256`)."""
+    initial_sha256: str | None = None
+    """Digest of the tensors that the run started from, where it had trained ones (initial.safetensors)."""
+
+
+class Verdict(Contract):
+    """verdict.json: whether a run that started from trained weights made them better."""
+
+    export: Literal["initial", "adapted"]
+    """Which encoder to use."""
+    sentence: str
+    """Why, with figures."""
+    scores: dict[str, float]
+    """What was measured."""
 
 
 class CanaryPicture(Contract):
@@ -258,6 +272,17 @@ def read_run(folder: Path) -> RunManifest:
             f"{folder} is not a run (no run.json): expected a folder written by `likewise train PICTURES --out RUN`"
         )
     return read_contract(path, RunManifest, RUN_FORMAT, "train again, or restore the file")
+
+
+def read_verdict(folder: Path) -> Verdict | None:
+    """The verdict of a run, None where it has none. Raises `RefusalError` when it is damaged."""
+    path = folder / "verdict.json"
+    if not path.is_file():
+        return None
+    try:
+        return Verdict.model_validate_json(path.read_bytes())
+    except ValidationError as e:
+        raise RefusalError(f"{path} cannot be read: resume the run, which writes it again") from e
 
 
 def sha256_json(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,7 @@ from export.bundle import (
     make_space_id,
     publish,
     read_run,
+    read_verdict,
     sha256_file,
     write_file,
 )
@@ -46,6 +47,8 @@ class Export(BaseModel):
     """The bundle folder to write."""
     images: Path | None = None
     """Pictures to prove parity on; the run's own where absent."""
+    weights: Literal["auto", "adapted", "initial"] = "auto"
+    """Of a run that started from trained weights: those that its verdict found better, or one of both all the same."""
 
     def cli_cmd(self) -> int:
         """Run the command."""
@@ -61,13 +64,14 @@ def export(asked: Export) -> Bundle:
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     run = read_run(asked.run)
+    weights, digest = _choose_weights(asked, run, console)
+    run = run.model_copy(update={"weights_sha256": digest})
     if asked.out.exists():
         bundle = _same_bundle(asked.out, run)
         if bundle is None:
             raise RefusalError(f"{asked.out} exists already: choose another --out, or remove it first")
         console.print(f"{asked.out} holds this run's bundle already, and its files match their checksums")
         return bundle
-    weights = asked.run / "encoder.safetensors"
     _check_weights(weights, run)
     folder = asked.images or Path(run.data.folder)
     sample = _sample(folder, run.preprocess)
@@ -109,6 +113,24 @@ def export(asked: Export) -> Bundle:
     )
     console.print(f"done: {asked.out}, space {manifest.space_id}   next: likewise index build --bundle {asked.out}")
     return Bundle(asked.out, manifest)
+
+
+def _choose_weights(asked: Export, run: RunManifest, console: Console) -> tuple[Path, str]:
+    """File and digest of the encoder to export."""
+    adapted = asked.run / "encoder.safetensors", run.weights_sha256
+    verdict = read_verdict(asked.run)
+    if asked.weights == "adapted" or (asked.weights == "auto" and (verdict is None or verdict.export == "adapted")):
+        return adapted
+    if run.initial_sha256 is None:
+        raise RefusalError(
+            f"{asked.run} did not start from trained weights, there is no initial encoder: leave --weights out"
+        )
+    if asked.weights == "auto" and verdict is not None:
+        console.print(
+            f"the initial encoder is exported, as the run's verdict says: {verdict.sentence} (--weights adapted "
+            "exports the other one all the same)"
+        )
+    return asked.run / "initial.safetensors", run.initial_sha256
 
 
 def _same_bundle(out: Path, run: RunManifest) -> Bundle | None:

@@ -24,20 +24,22 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.bundle import EncoderSpec, RefusalError, RunManifest, tensors_sha256, write_file
 from export.preprocess import PreprocessSpec, UnreadablePictureError, preprocess
 from training.alarms import alarms
-from training.cache import PictureCache
+from training.cache import Picture, PictureCache
 from training.checkpoint import load_checkpoint, save_checkpoint, save_offending_step
 from training.config import Hardware, Recipe, Train
 from training.distributed import agree, mean_over_ranks, rank, world_size
+from training.encoder import build_vit
 from training.learner import Learner, Speed
 from training.loader import Batches
 from training.metrics_log import MetricsLog
-from training.monitor import SAMPLE, Health, Monitor, read_history
+from training.monitor import SAMPLE, UNTRAINED, Health, Monitor, read_history
 from training.progress import bar
+from training.verdict import judge
 from training.views import Views
 
 INTERRUPTED = 130
@@ -105,6 +107,7 @@ class Trainer:
         monitor = self._monitor(resumed=loaded is not None) if rank() == 0 else None
         if loaded is not None:
             self.console.print(f"continuing at step {start:,} of {self.recipe.steps:,}")
+        self._save_initial(loaded is not None)
         self.save(start)  # also after a resume: a kill may have come between the checkpoint and the encoder
         log = MetricsLog(self.run / "metrics.jsonl", start) if rank() == 0 else None
         history = read_history(self.run / "metrics.jsonl", start) if rank() == 0 else []
@@ -145,8 +148,24 @@ class Trainer:
                         f"stopped and saved at step {done:,} of {r.steps:,}: the same command with --resume continues"
                     )
                     return INTERRUPTED
+        self._judge(monitor, history)
         self.console.print(f"done: {self.run}   next: likewise export {self.run} --out BUNDLE")
         return 0
+
+    def _judge(self, monitor: Monitor | None, history: list[Health]) -> None:
+        """Runs that started from trained weights end with a verdict."""
+        if monitor is None or self.recipe.init is None:
+            return
+        self.console.print("comparing the adapted encoder with the initial one")
+        initial = build_vit(self.recipe.model, self.recipe.model_kwargs, self.recipe.image_size)
+        initial.load_state_dict(load_file(self.run / "initial.safetensors"))
+        initial.to(self.device, self.learner.speed.dtype)
+        verdict = judge(
+            initial, self.learner.teacher.vit, self._sample(), self._preprocess_spec(), self.views.normalise,
+            self.device, history[-1].lead.get(UNTRAINED), self.recipe.seed,
+        )  # fmt: skip
+        write_file(self.run / "verdict.json", verdict.model_dump_json(indent=2))
+        self.console.print(f"verdict: export the {verdict.export} encoder: {verdict.sentence}")
 
     def _settle_steps(self, stored: int | None) -> None:
         """With --minutes: the steps that fit, measured once and kept by a resume."""
@@ -228,11 +247,9 @@ class Trainer:
 
     def _monitor(self, resumed: bool) -> Monitor:
         """A sample of the pictures, prepared as at inference, with folder names as labels where there are several."""
-        order = np.random.default_rng(self.recipe.seed).permutation(len(self.cache))[:SAMPLE]
-        sample = [self.cache.pictures[i] for i in sorted(order)]
         spec = self._preprocess_spec()
         rows, names = [], []
-        for picture in sample:
+        for picture in self._sample():
             try:
                 rows.append(preprocess(picture.read(), spec).pixels)
             except UnreadablePictureError:
@@ -257,12 +274,22 @@ class Trainer:
             self.console.print(line)
         return monitor
 
+    def _sample(self) -> list[Picture]:
+        order = np.random.default_rng(self.recipe.seed).permutation(len(self.cache))[:SAMPLE]
+        return [self.cache.pictures[i] for i in sorted(order)]
+
     # --- what a run leaves --------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint belongs to, and a resume must match. The number of processes is not part of it."""
         fields = json.loads(self.recipe.model_dump_json())
         return {**fields, "data": self.cache.fingerprint.sha256, "precision": self.precision}
+
+    def _save_initial(self, resumed: bool) -> None:
+        """Keep what --init gave, for the verdict."""
+        if rank() == 0 and self.recipe.init is not None and not resumed:
+            tensors = _tensors(self.learner.teacher.vit)
+            write_file(self.run / "initial.safetensors", save_safetensors(tensors))
 
     def save(self, step: int) -> None:
         """Write checkpoint, encoder and run.json, each atomically. Raises `RefusalError` rather than keep broken weights."""
@@ -275,7 +302,8 @@ class Trainer:
                 "--precision float32, with another --out"
             )
         save_checkpoint(self.run, self.identity(), step, self.learner.state())
-        encoder = {name: value.detach().float().cpu().contiguous() for name, value in teacher.vit.state_dict().items()}
+        encoder = _tensors(teacher.vit)
+        initial = self.run / "initial.safetensors"
         write_file(self.run / "encoder.safetensors", save_safetensors(encoder))
         manifest = RunManifest(
             method=self.recipe.method,
@@ -289,7 +317,8 @@ class Trainer:
             seed=self.recipe.seed,
             steps_done=step,
             steps_total=self.recipe.steps,
-            weights_sha256=tensors_sha256({name: value.numpy() for name, value in encoder.items()}),
+            weights_sha256=_digest(encoder),
+            initial_sha256=_digest(load_file(initial)) if self.recipe.init is not None else None,
         )
         write_file(self.run / "run.json", manifest.model_dump_json(indent=2))
 
@@ -349,6 +378,14 @@ def free_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def _tensors(vit: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().float().cpu().contiguous() for name, value in vit.state_dict().items()}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return tensors_sha256({name: value.numpy() for name, value in tensors.items()})
 
 
 def _git_revision() -> str | None:

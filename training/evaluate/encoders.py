@@ -156,7 +156,7 @@ def _open_weights(path: Path, asked: Evaluate, device: torch.device) -> Encoder:
         raise RefusalError(
             f"{path} is a file of weights: name its architecture with --model, such as vit_small_patch16_224"
         )
-    native_patch, native_size = native_sizes(asked.model)
+    native_patch, native_size, _ = native_sizes(asked.model)
     patch = asked.patch_size or native_patch
     kwargs: dict[str, Any] = {"patch_size": patch} if patch != native_patch else {}
     size = asked.image_size or native_size
