@@ -1,4 +1,4 @@
-"""Drawing prototypes: exact neighbours, who may support whom, and how much a supporter's vote weighs."""
+"""Drawing prototypes: who may support whom, and how much a supporter's vote weighs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.prototypes import TILE, draw_many, draw_prototypes, nearest_rows, random_level
+from training.prototypes import draw_many, draw_prototypes, random_level
 from training.sop import vote
 
 
@@ -22,42 +22,6 @@ def seeded(seed: int) -> torch.Generator:
 def rows_of(vectors: Tensor, bank: Tensor) -> Tensor:
     """Indices in the bank of vectors [..., d] that are copies of its rows."""
     return (vectors @ bank.T).argmax(-1)
-
-
-@pytest.mark.parametrize("pool_size", [TILE * 5, TILE * 5 + 1, TILE * 9 + 15, 20, 400])
-@pytest.mark.parametrize("count", [1, 3, 4, 8])
-@pytest.mark.parametrize("block", [1, 48, None])
-def test_nearest_rows_are_those_of_brute_force(pool_size: int, count: int, block: int | None) -> None:
-    bank, queries = unit(500, 12), unit(70, 12, 1)
-    pool = torch.randperm(500, generator=seeded(2))[:pool_size]
-    similarity, index = nearest_rows(queries, bank, pool, count, block)
-    expected = (queries @ bank[pool].T).topk(count, dim=1)
-    assert torch.equal(index, pool[expected.indices])
-    torch.testing.assert_close(similarity, expected.values)
-
-
-def test_nearest_rows_over_several_groups_of_queries() -> None:
-    bank, queries = unit(600, 8), unit(4100, 8, 1)
-    similarity, index = nearest_rows(queries, bank, torch.arange(600), 4)
-    expected = (queries @ bank.T).topk(4, dim=1)
-    torch.testing.assert_close(similarity, expected.values)
-    assert (index == expected.indices).all(1).float().mean() > 0.999  # ties within rounding may swap
-
-
-def test_nearest_rows_among_many_exact_copies() -> None:
-    """A memory of few distinct rows: ties everywhere, so similarities must agree and no row may come twice."""
-    bank = unit(6, 8).repeat(60, 1)
-    similarity, index = nearest_rows(unit(40, 8, 1), bank, torch.arange(360), 5)
-    expected = (unit(40, 8, 1) @ bank.T).topk(5, dim=1)
-    torch.testing.assert_close(similarity, expected.values)
-    assert all(len(set(row)) == 5 for row in index.tolist())
-
-
-def test_a_cluster_that_fills_one_tile_is_found_whole() -> None:
-    bank, query = unit(TILE * 12, 16), unit(1, 16, 1)
-    bank[TILE * 3 : TILE * 3 + 8] = F.normalize(query + 0.1 * unit(8, 16, 2), dim=1)
-    index = nearest_rows(query, bank, torch.arange(len(bank)), 8)[1]
-    assert sorted(index[0].tolist()) == list(range(TILE * 3, TILE * 3 + 8))
 
 
 def test_prototypes_are_stored_voter_by_voter() -> None:
