@@ -31,40 +31,38 @@ def nearest_rows(
 
     queries [Q, d] and bank [N, d] have unit rows, pool [M] are different indices of bank rows, count ≤ M.
     The similarities are of the queries' own precision and the rows are those of brute force, up to ties within its
-    rounding. Memory: about Q·M/TILE similarities. `block` pool rows are compared at a time. `precision` is that of the
-    first comparison: by default int8 for large searches on x86 processors, bfloat16 on GPUs (see `_margin`).
+    rounding. Memory: about one more copy of the pool's rows. `block` pool rows are compared at a time. `precision` is
+    that of the first comparison: by default int8 for large searches on x86 processors, bfloat16 on GPUs (see `_margin`).
     """
     precision = precision or _fastest(queries, len(pool))
     tiles = len(pool) // TILE
-    taken = count if precision == "full" else 2 * count + 4
+    taken = count if precision == "full" else 3 * count
     if tiles <= taken:
         top, index = (queries @ bank[pool].T).topk(count, dim=1)
         return top, pool[index]
     tiled, tail = pool[: tiles * TILE], pool[tiles * TILE :]
-    block = max(block or (8192 if queries.is_cuda else 512), TILE) // TILE * TILE
-    at_once = 65536 if queries.is_cuda else 2048
-    similarity: _Similarity = _SIMILARITIES[precision](bank, tiled)
-    maxima = queries.new_empty(tiles, len(queries))
-    margins = []
-    for start in range(0, len(queries), at_once):
-        margins.append(similarity.ask(queries[start : start + at_once]))
-        for low in range(0, len(tiled), block):
-            found = similarity.of(slice(low, min(low + block, len(tiled))))  # [block, queries]
-            into = maxima[low // TILE : low // TILE + len(found) // TILE, start : start + at_once]
-            torch.amax(found.view(-1, TILE, found.shape[1]), 1, out=into)
-    margin = torch.cat(margins)
-    tops, indices, unsure = [], [], []
+    block = max(block or (8192 if queries.is_cuda else 1024), TILE) // TILE * TILE
+    at_once = 65536 if queries.is_cuda else 1024
+    similarity: _Similarity = _SIMILARITIES[precision](bank[tiled])
+    maxima = queries.new_empty(tiles * min(at_once, len(queries)))
     within = torch.arange(TILE, device=pool.device)
-    for start in range(0, len(queries), at_once // 32):
-        rows = slice(start, start + at_once // 32)
-        best = maxima[:, rows].T.contiguous().topk(taken + 1, dim=1)
-        candidates = tiled[(best.indices[:, :taken, None] * TILE + within).flatten(1)]
-        candidates = torch.cat([candidates, tail.expand(len(candidates), -1)], 1)
-        exact = (bank[candidates] @ queries[rows, :, None]).squeeze(2)
-        top, keep = exact.topk(count, dim=1)
-        tops.append(top)
-        indices.append(candidates.gather(1, keep))
-        unsure.append(best.values[:, taken] + margin[rows] > top[:, -1])  # a tile left out may hold a nearer row
+    tops, indices, unsure = [], [], []
+    for group in queries.split(at_once):
+        margin = similarity.ask(group)
+        tile_maxima = maxima[: tiles * len(group)].view(tiles, len(group))
+        for low in range(0, len(tiled), block):
+            found = similarity.of(slice(low, min(low + block, len(tiled))))  # [block, group]
+            into = tile_maxima[low // TILE : low // TILE + len(found) // TILE]
+            torch.amax(found.view(-1, TILE, len(group)), 1, out=into)
+        best = tile_maxima.T.contiguous().topk(taken + 1, dim=1)
+        for part, values, tile, slack in zip(*(x.split(at_once // 16) for x in (group, *best, margin))):
+            candidates = tiled[(tile[:, :taken, None] * TILE + within).flatten(1)]
+            candidates = torch.cat([candidates, tail.expand(len(part), -1)], 1)
+            exact = (bank[candidates] @ part[:, :, None]).squeeze(2)
+            top, keep = exact.topk(count, dim=1)
+            tops.append(top)
+            indices.append(candidates.gather(1, keep))
+            unsure.append(values[:, taken] + slack > top[:, -1])  # a tile left out may hold a nearer row
     similarities, index = torch.cat(tops), torch.cat(indices)
     if precision != "full":
         again = torch.cat(unsure).nonzero().squeeze(1)
@@ -98,62 +96,57 @@ def _margin(query_error: Tensor, row_error: Tensor, dim: int) -> Tensor:
 
 
 class _Similarity(Protocol):
-    def __init__(self, bank: Tensor, pool: Tensor) -> None: ...
+    def __init__(self, rows: Tensor) -> None: ...
 
     def ask(self, queries: Tensor) -> Tensor:
         """Take queries [q, d]; returns how far their similarities may be off, [q]."""
 
-    def of(self, rows: slice) -> Tensor:
-        """Similarities [rows, q] of a slice of the pool."""
+    def of(self, part: slice) -> Tensor:
+        """Similarities [part, q] of a slice of the rows; valid until the next call."""
 
 
 class _Full:
-    def __init__(self, bank: Tensor, pool: Tensor) -> None:
-        self.bank, self.pool = bank, pool
-        self.buffer = bank.new_empty(0)
+    def __init__(self, rows: Tensor) -> None:
+        self.rows, self.buffer = rows, rows.new_empty(0)
 
     def ask(self, queries: Tensor) -> Tensor:
         self.queries = queries
         return queries.new_zeros(len(queries))
 
-    def of(self, rows: slice) -> Tensor:
-        picked = self.bank[self.pool[rows]]
-        wanted = len(picked) * len(self.queries)
+    def of(self, part: slice) -> Tensor:
+        rows = self.rows[part]
+        wanted = len(rows) * len(self.queries)
         if self.buffer.numel() < wanted:
-            self.buffer = picked.new_empty(wanted)
-        out = self.buffer[:wanted].view(len(picked), len(self.queries))
-        return torch.mm(picked, self.queries.T, out=out)
+            self.buffer = rows.new_empty(wanted)
+        return torch.mm(rows, self.queries.T, out=self.buffer[:wanted].view(len(rows), len(self.queries)))
 
 
 class _BFloat16:
-    def __init__(self, bank: Tensor, pool: Tensor) -> None:
-        self.rows = bank[pool].bfloat16()
-        self.error = torch.linalg.vector_norm(bank[pool] - self.rows, dim=1).amax()
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows.bfloat16()
+        self.error = torch.linalg.vector_norm(rows - self.rows, dim=1).amax()
 
     def ask(self, queries: Tensor) -> Tensor:
         self.queries = queries.bfloat16()
         error = torch.linalg.vector_norm(queries - self.queries, dim=1)
         return _margin(error, self.error, queries.shape[1]) + 2.0**-8  # the result is rounded too
 
-    def of(self, rows: slice) -> Tensor:
-        return (self.rows[rows] @ self.queries.T).float()
+    def of(self, part: slice) -> Tensor:
+        return (self.rows[part] @ self.queries.T).float()
 
 
 class _Int8:
     """Rows in 7 bits (pairs of products then fit the 16 bits of AVX2), queries in 8, each with a scale of its own."""
 
-    def __init__(self, bank: Tensor, pool: Tensor) -> None:
-        self.rows = torch.empty(len(pool), bank.shape[1], dtype=torch.uint8)
-        self.scale = bank.new_empty(len(pool), 1)
-        self.error = bank.new_zeros(())
-        for low in range(0, len(pool), 4096):
-            part = slice(low, low + 4096)
-            picked = bank[pool[part]]
-            self.scale[part] = picked.abs().amax(1, keepdim=True).clamp_min(1e-12) / 63
-            whole = (picked / self.scale[part]).round_()
-            self.rows[part] = (whole + 64).to(torch.uint8)
-            error = torch.linalg.vector_norm(picked.sub_(whole.mul_(self.scale[part])), dim=1).amax()
-            self.error = torch.maximum(self.error, error)
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = torch.empty(rows.shape, dtype=torch.uint8)
+        self.scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 63
+        errors = []
+        for part, scale, into in zip(*(x.split(1024) for x in (rows, self.scale, self.rows))):
+            whole = (part / scale).round_()
+            errors.append(torch.linalg.vector_norm(torch.addcmul(part, whole, scale, value=-1), dim=1).amax())
+            into.copy_(whole.add_(64))
+        self.error = torch.stack(errors).amax()
 
     def ask(self, queries: Tensor) -> Tensor:
         scale = queries.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
@@ -164,12 +157,12 @@ class _Int8:
         error = torch.linalg.vector_norm(queries - whole * scale, dim=1)
         return _margin(error, self.error, queries.shape[1])
 
-    def of(self, rows: slice) -> Tensor:
+    def of(self, part: slice) -> Tensor:
         found: Tensor = torch.ops.onednn.qlinear_pointwise(
-            self.rows[rows], 1.0, 64, self.queries, self.query_scale, self.zero, None, 1.0, 0, torch.float32,
+            self.rows[part], 1.0, 64, self.queries, self.query_scale, self.zero, None, 1.0, 0, torch.float32,
             "none", [], "",
         )  # fmt: skip
-        return found.mul_(self.scale[rows])
+        return found.mul_(self.scale[part])
 
 
 _SIMILARITIES: dict[Precision, type[_Similarity]] = {"full": _Full, "bfloat16": _BFloat16, "int8": _Int8}
