@@ -32,12 +32,14 @@ def nearest_rows(
     queries [Q, d] and bank [N, d] have unit rows, pool [M] are different indices of bank rows, count ≤ M.
     The similarities are of the queries' own precision and the rows are those of brute force, up to ties within its
     rounding. Memory: about one more copy of the pool's rows. `block` pool rows are compared at a time. `precision` is
-    that of the first comparison: by default int8 for large searches on x86 processors, bfloat16 on GPUs (see `_margin`).
+    that of the first comparison (see `_margin` for when a rounded one is trusted); left out, int8 serves large searches
+    on x86 processors, and small searches are brute force.
     """
-    precision = precision or _fastest(queries, len(pool))
     tiles = len(pool) // TILE
+    brute = precision is None and len(queries) * len(pool) <= 1 << 22
+    precision = precision or _fastest(queries, len(pool))
     taken = count if precision == "full" else 3 * count
-    if tiles <= taken:
+    if brute or tiles <= taken:
         top, index = (queries @ bank[pool].T).topk(count, dim=1)
         return top, pool[index]
     tiled, tail = pool[: tiles * TILE], pool[tiles * TILE :]
@@ -72,17 +74,13 @@ def nearest_rows(
 
 
 def _fastest(queries: Tensor, pool: int) -> Precision:
-    """The precision for which processors have the fastest units; small searches are not worth a second step."""
-    if queries.dtype != torch.float32 or queries.numel() * pool < 1 << 32:
-        return "full"
-    if queries.is_cuda:
-        return "bfloat16"
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return (
-        "int8"
-        if x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
-        else "full"
-    )
+    """int8 where it pays: large float32 searches on x86, whose float32 product takes most of the time.
+
+    GPUs compare in full precision: it takes them milliseconds, and searching the unsure again would wait for the device.
+    """
+    large = queries.dtype == torch.float32 and queries.numel() * pool >= 1 << 32
+    x86 = queries.device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
+    return "int8" if large and x86 and hasattr(torch.ops.onednn, "qlinear_pointwise") else "full"
 
 
 def _margin(query_error: Tensor, row_error: Tensor, dim: int) -> Tensor:
