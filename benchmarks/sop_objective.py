@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.record import cpu_name, finish, versions
-from training.prototypes import draw_prototypes, nearest_rows
+from training.neighbours import nearest_rows
+from training.prototypes import draw_prototypes
 from training.sop import Prototypes, image_loss
 
 STUDENT, TEACHER = 0.1, 0.04

@@ -8,10 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-SupportWeight = Literal["cosine", "rescaled", "constant"]
+from training.neighbours import nearest_rows
 
-TILE = 16
-"""Rows of the pool whose similarities share one maximum."""
+SupportWeight = Literal["cosine", "rescaled", "constant"]
 
 
 class Prototypes(NamedTuple):
@@ -84,50 +83,6 @@ def draw_many(
         )
         for _ in range(tasks)
     ]
-
-
-@torch.no_grad()
-def nearest_rows(
-    queries: Tensor, bank: Tensor, pool: Tensor, count: int, block: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The `count` rows of bank[pool] most similar to each query: similarities and bank indices, [Q, count], descending.
-
-    Exact up to ties within rounding, and never more than Q·len(pool)/TILE similarities in memory: each tile of TILE
-    pool rows keeps only its maximum. The `count` tiles of largest maximum hold the answer (an element outside them has
-    `count` elements at least as large: those maxima), so their rows alone are compared once more and ranked.
-    `block` pool rows are compared at a time; by default as many as keep the result in the processor's cache.
-    """
-    tiles = len(pool) // TILE
-    if tiles <= count:
-        top, index = (queries @ bank[pool].T).topk(count, dim=1)
-        return top, pool[index]
-    on_gpu = queries.is_cuda
-    block = max(block or (8192 if on_gpu else 512), TILE) // TILE * TILE
-    at_once = 65536 if on_gpu else 2048
-    tiled, tail = pool[: tiles * TILE], pool[tiles * TILE :]
-    maxima = queries.new_empty(tiles, len(queries))
-    similarity = queries.new_empty(min(block, len(tiled)) * min(at_once, len(queries)))
-    for low in range(0, len(tiled), block):
-        rows = bank[tiled[low : low + block]]
-        for start in range(0, len(queries), at_once):
-            part = queries[start : start + at_once]
-            out = similarity[: len(rows) * len(part)].view(len(rows), len(part))
-            torch.mm(rows, part.T, out=out)
-            into = maxima[low // TILE : (low + len(rows)) // TILE, start : start + at_once]
-            into.copy_(out.view(-1, TILE, len(part)).amax(1))
-    tops, indices = [], []
-    within = torch.arange(TILE, device=pool.device)
-    for start in range(0, len(queries), at_once // 32):
-        part = queries[start : start + at_once // 32]
-        best = maxima[:, start : start + len(part)].T.contiguous().topk(count, dim=1, sorted=False).indices
-        candidates = tiled[(best[:, :, None] * TILE + within).flatten(1)]
-        if len(tail):
-            candidates = torch.cat([candidates, tail.expand(len(part), -1)], 1)
-        exact = (bank[candidates] @ part[:, :, None]).squeeze(2)
-        top, keep = exact.topk(count, dim=1)
-        tops.append(top)
-        indices.append(candidates.gather(1, keep))
-    return torch.cat(tops), torch.cat(indices)
 
 
 def random_level(bank: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def vote(u: Tensor, prototypes: Prototypes, temperature: float, chunk: int | Non
     """
     flat = u.reshape(-1, u.shape[-1])
     votes: Tensor = _Vote.apply(flat, *_operands(prototypes, flat), temperature, chunk)
-    return votes.unflatten(0, u.shape[:-1])
+    return votes.view(*u.shape[:-1], len(prototypes.D))
 
 
 def vote_cross_entropy(
@@ -77,7 +77,7 @@ class _Ballot:
     def __init__(self, u: Tensor, voters: Tensor, a: Tensor, temperature: float, chunk: int | None) -> None:
         self.voters, self.a, self.temperature = voters, a, temperature
         slots, count, _ = voters.shape
-        self.rows = chunk or max(1, (1 << (26 if u.is_cuda else 22)) // (slots * count))
+        self.rows = chunk or max(1, (1 << (26 if u.is_cuda else 23)) // (slots * count))
         self.rows = max(1, min(self.rows, len(u)))
         self.buffer = u.new_empty(slots * self.rows * count)
 

@@ -242,3 +242,120 @@ def test_random_anchors_keep_a_toy_from_collapsing_and_fixed_ones_do_not() -> No
     fixed_cosine, fixed_rank = run(fixed=True)
     assert cosine < 0.1 and rank > 10
     assert fixed_cosine > cosine and fixed_rank < rank
+
+
+def dense_prototypes(bank: Tensor, P: int, k: int, seed: int, smoothing: float) -> tuple[Tensor, Tensor]:
+    """1.4 row by row: anchors from a permutation, the k most similar of all other rows, voters' weights."""
+    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed)).tolist()
+    anchors, rest = order[:P], order[P:]
+    D, w = [], []
+    for anchor in anchors:
+        ranked = sorted(rest, key=lambda r: -float(bank[anchor] @ bank[r]))[:k]
+        D.append(torch.stack([bank[r] for r in [*ranked, anchor]]))
+        w.append([float(bank[anchor] @ bank[r]) for r in ranked] + [1 - smoothing])
+    return torch.stack(D), torch.tensor(w, dtype=bank.dtype).clamp(0, 1)
+
+
+@pytest.mark.parametrize("views", [2, 3, 6])
+@pytest.mark.parametrize("k", [0, 3])
+def test_image_loss_from_the_equations(views: int, k: int) -> None:  # golden: 1.4 to 1.6, float64, dense Y
+    bank = rows(60, 16, 1, torch.float64)
+    D, w = dense_prototypes(bank, 12, k, 2, 0.1)
+    drawn = draw_prototypes(bank, 12, k, torch.Generator().manual_seed(2), 0.1)
+    torch.testing.assert_close(drawn.D, D)
+    torch.testing.assert_close(drawn.w, w)
+    B = 5
+    a, zt = rows(views * B, 16, 4, torch.float64).requires_grad_(), rows(2 * B, 16, 5, torch.float64)
+    b = a.detach().clone().requires_grad_()
+    ps, pt = dense_vote(a, D, w, 0.1), dense_vote(zt, D, w, 0.04)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(views):
+        for j in range(2):
+            if j != i:
+                for picture in range(B):
+                    for c in range(12):
+                        total = total - pt[j * B + picture, c] * ps[i * B + picture, c].log() / B
+    expected = total / (2 * views - 2)
+    loss = image_loss(b, zt, views, drawn, 0.1, 0.04)
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(b.grad, a.grad, rtol=1e-7, atol=1e-12)
+
+
+def test_patch_loss_from_the_equations() -> None:  # golden: 1.7, float64, dense Y, a crop without mask
+    bank = rows(60, 16, 1, torch.float64)
+    D, w = dense_prototypes(bank, 12, 2, 2, 0.1)
+    drawn = draw_prototypes(bank, 12, 2, torch.Generator().manual_seed(2), 0.1)
+    B, L = 3, 7
+    mask = torch.rand(2 * B, L, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask[1], mask[4], mask[5] = False, True, False
+    a = F.normalize(torch.randn(2 * B, L, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=-1)
+    zt = F.normalize(a + 0.4 * a.roll(1, 0), dim=-1)
+    b = a.clone().requires_grad_()
+    a.requires_grad_()
+    ps, pt = (dense_vote(z.flatten(0, 1), D, w, t).view(2 * B, L, 12) for z, t in ((a, 0.1), (zt, 0.04)))
+    sides = []
+    for v in range(2):
+        total = torch.zeros((), dtype=torch.float64)
+        for crop in range(v * B, (v + 1) * B):
+            inner = torch.zeros((), dtype=torch.float64)
+            for token in range(L):
+                inner = inner + float(mask[crop, token]) * -(pt[crop, token] * ps[crop, token].log()).sum()
+            total = total + inner / max(1, int(mask[crop].sum()))
+        sides.append(total / B)
+    expected = (sides[0] + sides[1]) / 2
+    loss = patch_loss(b[mask], zt[mask], mask, drawn, 0.1, 0.04)
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(b.grad, a.grad, rtol=1e-7, atol=1e-12)
+
+
+def test_two_halves_of_a_batch_average_to_the_whole() -> None:  # 11: W ranks × B equal one rank × W·B
+    drawn = prototypes(dtype=torch.float64)
+    zs, zt = rows(4 * 6, 16, 4, torch.float64).view(4, 6, 16), rows(2 * 6, 16, 5, torch.float64).view(2, 6, 16)
+    whole = image_loss(zs.flatten(0, 1), zt.flatten(0, 1), 4, drawn, 0.1, 0.04)
+    halves = [
+        image_loss(zs[:, part].flatten(0, 1), zt[:, part].flatten(0, 1), 4, drawn, 0.1, 0.04)
+        for part in (slice(3), slice(3, 6))
+    ]
+    torch.testing.assert_close(sum(halves) / 2, whole)
+
+
+def test_a_batch_is_not_among_its_own_voters_and_rows_stay_unit() -> None:  # 9, 10
+    memory = RingMemory(64, 16, seed=0)
+    for step in range(30):
+        drawn = draw_prototypes(memory.rows, 16, 3, torch.Generator().manual_seed(step))
+        batch = rows(7, 16, 100 + step)  # the second view's teacher rows
+        assert (drawn.D.flatten(0, 1) @ batch.T).max() < 0.999
+        memory.push(batch)
+        assert (memory.rows @ batch.T).max(0).values.min() > 0.999
+        assert torch.allclose(memory.rows.norm(dim=1), torch.ones(64), atol=1e-5)
+    # Rank order: what two ranks push one after the other is what they push together.
+    apart, together = RingMemory(10, 4, 0), RingMemory(10, 4, 0)
+    first, second = rows(3, 4, 1), rows(3, 4, 2)
+    apart.push(first)
+    apart.push(second)
+    together.push(torch.cat([first, second]))
+    assert torch.equal(apart.rows, together.rows) and torch.equal(apart.head, together.head)
+
+
+def test_statistics_count_leaks_voters_and_cosines() -> None:
+    bank = rows(200, 16, 1)
+    u = rows(30, 16, 3)
+    found = {
+        kind: vote_statistics(
+            u, draw_prototypes(bank, 12, 3, torch.Generator().manual_seed(2), support_weight=kind), 0.1
+        )
+        for kind in ("cosine", "constant")
+    }
+    D, w = prototypes()
+    q = (u @ D.flatten(0, 1).T / 0.1).softmax(-1)
+    assert found["cosine"].leak == pytest.approx(float((q @ (1 - w.flatten())).mean()), rel=1e-4)
+    assert found["cosine"].support_cosine == pytest.approx(float(w[:, :-1].mean()), rel=1e-4)
+    assert found["constant"].support_cosine == found["cosine"].support_cosine  # a cosine, whatever it weighs
+    assert found["constant"].leak < found["cosine"].leak
+    assert found["cosine"].voter_entropy == pytest.approx(float(-(q * q.log()).sum(-1).mean()), rel=1e-4)
+    point = Prototypes(u[:1].expand(8, 4, 16), torch.full((8, 4), 0.9))
+    assert vote_statistics(u[:1], point, 0.1).voter_entropy == pytest.approx(math.log(32), rel=1e-5)
