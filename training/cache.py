@@ -114,7 +114,7 @@ class PictureCache:
     def gather(self, indices: Tensor, device: torch.device) -> Tensor:
         """Pixels of the pictures at `indices` [B]: uint8 [B, S, S, 3] on `device`."""
         if self._resident is not None:
-            return self._resident[indices.to(self._resident.device)].to(device)
+            return self._resident[indices.to(self._resident.device, non_blocking=True)].to(device)
         wanted = indices.numpy()
         out = torch.empty((len(wanted), *self._shards[0].shape[1:]), dtype=torch.uint8)
         rows = out.numpy()

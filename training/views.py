@@ -137,12 +137,20 @@ class Views:
         if len(solarized):
             rows = x[solarized]
             x[solarized] = torch.where(rows >= 0.5, 1.0 - rows, rows)
-        return x.sub_(self.mean.to(x.device)).div_(self.std.to(x.device))
+        mean, std = self._statistics(x.device)
+        return x.sub_(mean).div_(std)
 
     def normalise(self, pictures: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] → [B, 3, S, S], no randomness."""
         x = pictures.permute(0, 3, 1, 2).to(self.dtype).div(255.0)
-        return (x - self.mean.to(x.device)) / self.std.to(x.device)
+        mean, std = self._statistics(x.device)
+        return x.sub_(mean).div_(std)
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation, copied once: a copy in every step would wait for the GPU."""
+        if self.mean.device != device:
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self.mean, self.std
 
     def _colour(self, r: Tensor, generator: torch.Generator) -> Tensor:
         """Saturation, hue, grey and mixing as matrices [count, 3, 3] on RGB; `r` [4, count] are uniform."""

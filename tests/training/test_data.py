@@ -64,6 +64,12 @@ def test_the_whole_picture_is_kept_with_its_shape(tmp_path: Path) -> None:
     assert np.array_equal(cache.gather(torch.tensor([0]), CPU)[0].numpy(), expected)
 
 
+def test_squeezing_left_the_hash_of_other_specifications_alone() -> None:
+    """It is part of every bundle's space_id."""
+    assert PreprocessSpec(size=224).sha256().startswith("77d89e26c65a1be0")
+    assert PreprocessSpec(size=64, fit="pad").sha256().startswith("c58e828457f6c969")
+
+
 def test_gathering_is_the_same_from_disk_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.cache, "SHARD_PICTURES", 64)
     folder = write_shapes(tmp_path / "p", 150, size=16)

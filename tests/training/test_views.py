@@ -266,3 +266,16 @@ def test_the_preset_follows_the_pictures() -> None:
     product[:, 30:66, 30:66] = torch.tensor([40, 20, 90], dtype=torch.uint8)
     assert choose_views(product)[0] == "photographs"
     assert choose_views(colourful[:0]) == ("photographs", "no picture to look at")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("preset", get_args(ViewPreset))
+def test_views_on_a_gpu_are_those_of_the_cpu(preset: ViewPreset) -> None:
+    pictures, aspects = random_pictures(12), torch.linspace(0.4, 2.5, 12)
+    views = Views(preset, MEAN, STD, torch.float64)
+    draw = views.draw(12, 24, (0.2, 1.0), "second", generator(), aspects)
+    expected = views.apply(pictures, draw, 24)
+    on_gpu = views.apply(pictures.cuda(), draw, 24)
+    # A pixel at the border of solarisation may fall on either side.
+    assert ((on_gpu.cpu() - expected).abs() < 1e-6).double().mean() > 0.9999
