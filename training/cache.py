@@ -29,6 +29,7 @@ from training.duplicates import Hashes, difference_hash, near_duplicates
 SHARD_BYTES = 2**28
 SHARD_PICTURES = 2048
 FULL_CHECK_BYTES = 2 * 2**30
+LARGEST_GROUP = 0.1  # share of the pictures; a larger group says that the hash cannot tell them apart
 
 Verify = Literal["auto", "full", "sampled"]
 
@@ -113,7 +114,7 @@ class PictureCache:
     def gather(self, indices: Tensor, device: torch.device) -> Tensor:
         """Pixels of the pictures at `indices` [B]: uint8 [B, S, S, 3] on `device`."""
         if self._resident is not None:
-            return self._resident[indices.to(self._resident.device)].to(device)
+            return self._resident[indices.to(self._resident.device, non_blocking=True)].to(device)
         wanted = indices.numpy()
         out = torch.empty((len(wanted), *self._shards[0].shape[1:]), dtype=torch.uint8)
         rows = out.numpy()
@@ -276,6 +277,14 @@ def _groups(
         np.savez(temporary, groups=groups, made_from=np.array(made_from))
         publish(temporary, path)
     counts = np.bincount(groups, minlength=len(groups))
+    alike = counts[groups] > max(32, LARGEST_GROUP * len(groups))
+    if alike.any():
+        notices.append(
+            f"{int(alike.sum()):,} of {len(groups):,} pictures look alike to the perceptual hash (groups above "
+            f"{LARGEST_GROUP:.0%} of the pictures): they are not marked as near-duplicates"
+        )
+        groups = np.where(alike, np.arange(len(groups)), groups)
+        counts = np.bincount(groups, minlength=len(groups))
     marked = np.flatnonzero(counts[groups] > 1)
     lines = [(int(groups[i]), printable(pictures[i].key)) for i in marked.tolist()]
     write_file(folder / "near-duplicates.tsv", "".join(f"{group}\t{key}\n" for group, key in sorted(lines)))

@@ -16,9 +16,10 @@ Hashes = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float32]
 
 _ROWS, _COLUMNS = 16, 16
-_FLAT = 1.0  # grey levels: a smaller rise is noise, and the same bit in every copy
-MAX_DISTANCE = 12
+_FLAT = 2.0  # grey levels: a smaller rise is noise, and the same bit in every copy
+MAX_DISTANCE = 16
 """Bits of 256 in which copies may differ."""
+_STRUCTURED = 64  # ones; a hash with fewer comes from a picture with little structure, and must agree better
 _BLOCK = 512
 
 
@@ -49,8 +50,9 @@ def _area(source: int, cells: int) -> Floats:
 def near_duplicates(hashes: Hashes, max_distance: int = MAX_DISTANCE, threads: int = 1) -> npt.NDArray[np.int64]:
     """Group ids [N] from hashes uint64 [N, W]: pictures within `max_distance` bits share one, and so do chains of them.
 
-    Exact. A group's id is the smallest position in it. All pairs are compared whose numbers of ones allow it, by
-    their first word before the others; memory does not grow with the pairs.
+    Where two hashes have fewer than 64 ones on average, `max_distance` shrinks in proportion (two flat pictures agree in
+    their zeros without being copies). Exact: all pairs are compared whose numbers of ones allow it, by their first word
+    before the others; memory does not grow with the pairs. A group's id is the smallest position in it.
     """
     unique, inverse = np.unique(hashes, axis=0, return_inverse=True)
     ones = np.bitwise_count(unique).sum(1, dtype=np.int64)
@@ -70,7 +72,8 @@ def near_duplicates(hashes: Hashes, max_distance: int = MAX_DISTANCE, threads: i
             i, j = i + low, j + start
             i, j = i[i < j], j[i < j]
             distance = np.bitwise_count(sorted_hashes[:, i] ^ sorted_hashes[:, j]).sum(0, dtype=np.int64)
-            near = distance <= max_distance
+            structure = (sorted_ones[i] + sorted_ones[j]) / (2 * _STRUCTURED)
+            near = distance <= max_distance * np.minimum(1.0, structure)
             found.append(np.stack([i[near], j[near]], 1))
         return np.concatenate(found)
 

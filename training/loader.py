@@ -93,7 +93,7 @@ class Batches:
         self._waited += time.monotonic() - start
         if self._device.type == "cuda" and not pixels.is_cuda:
             pixels = pixels.to(self._device, non_blocking=True)
-        return Batch(pixels, self._cache.aspects[mine], self._groups[mine.to(self._device)], mine)
+        return Batch(pixels, self._cache.aspects[mine], self._groups[mine.to(self._device, non_blocking=True)], mine)
 
     def close(self) -> None:
         """End the thread."""

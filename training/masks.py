@@ -6,8 +6,10 @@ var 0 0.2 → (0.5, (0.1, 0.5)).
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 
 MaskKind = Literal["block", "random"]
 
-_LOG_ASPECT = math.log(0.3), math.log(1 / 0.3)
+_LOG_STRETCH = math.log(1 / 0.3)  # aspect ratios lie in 0.3 … 1 / 0.3, log-uniformly
 _TRIES = 10
 
 
@@ -34,50 +36,55 @@ def draw_masks(
     chance, share = torch.rand(2, count, generator=generator, dtype=torch.float64)
     wanted = (ratio[0] + share * (ratio[1] - ratio[0])) * L
     if kind == "random":
-        order = torch.rand(count, L, generator=generator).argsort(1)
-        chosen = torch.where(chance < probability, wanted.round(), 0.0)
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(L).expand(count, L))
-        return rank < chosen.unsqueeze(1)
+        chosen = torch.where(chance < probability, wanted.round(), 0.0).int()
+        rank = torch.rand(count, L, generator=generator).numpy().argsort(1).argsort(1)
+        return torch.from_numpy(rank < chosen.unsqueeze(1).numpy())
     numbers = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
     sizes = torch.where(chance < probability, wanted.floor(), 0.0).int().tolist()
+    blocks = _block_table(height, width)
     stride = -(-L // 8)
-    packed = b"".join(_blocks(size, height, width, numbers).to_bytes(stride, "little") for size in sizes)
+    packed = b"".join(
+        _cover(size, height, width, blocks, numbers.random).to_bytes(stride, "little") if size else bytes(stride)
+        for size in sizes
+    )
     bits = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(count, stride), axis=1, count=L, bitorder="little")
-    return torch.from_numpy(bits.astype(np.bool_))
+    return torch.from_numpy(bits.view(np.bool_))
 
 
-def _blocks(wanted: int, height: int, width: int, numbers: random.Random) -> int:
-    """Blocks of at most `wanted` patches in all, as the bits of an integer (bit row·width + column).
+@functools.lru_cache(8)
+def _block_table(height: int, width: int) -> list[list[int]]:
+    """Blocks of h rows and w columns at the top left, as the bits of an integer (bit row·width + column)."""
+    table = []
+    for h in range(height + 1):
+        column = sum(1 << row * width for row in range(h))
+        table.append([column * ((1 << w) - 1) for w in range(width + 1)])
+    return table
+
+
+def _cover(wanted: int, height: int, width: int, blocks: list[list[int]], draw: Callable[[], float]) -> int:
+    """A mask of at most `wanted` patches, as bits.
 
     The area of a block is U((min(height, width)//3)², what is left); it is accepted when it adds 1 … what is left new
     patches; ten failures in a row end the mask.
     """
-    mask, left = 0, wanted
+    mask, left, failures = 0, wanted, 0
     smallest = max(1, min(height, width) // 3) ** 2
-    draw = numbers.random
-    while left > 0:
-        for _ in range(_TRIES):
-            low = min(smallest, left)
-            area = low + draw() * (left - low)
-            aspect = math.exp(_LOG_ASPECT[0] + draw() * (_LOG_ASPECT[1] - _LOG_ASPECT[0]))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if not (0 < h <= height and 0 < w <= width):
-                continue
-            top, start = int(draw() * (height - h + 1)), int(draw() * (width - w + 1))
-            block = _column(h, width) * ((1 << w) - 1) << (top * width + start)
-            new = (block & ~mask).bit_count()
-            if 0 < new <= left:
-                mask |= block
-                left -= new
-                break
-        else:
-            return mask
+    while left and failures < _TRIES:
+        failures += 1
+        low = smallest if smallest < left else left
+        side = math.sqrt(low + draw() * (left - low))
+        stretch = math.exp((draw() - 0.5) * _LOG_STRETCH)  # √ of the aspect ratio
+        h, w = int(side * stretch + 0.5), int(side / stretch + 0.5)
+        if not (0 < h <= height and 0 < w <= width):
+            continue
+        corner = int(draw() * (height - h + 1)) * width + int(draw() * (width - w + 1))
+        block = blocks[h][w] << corner
+        new = (block & ~mask).bit_count()
+        if 0 < new <= left:
+            mask |= block
+            left -= new
+            failures = 0
     return mask
-
-
-def _column(h: int, width: int) -> int:
-    """Bits 0, width, 2·width … (h − 1)·width."""
-    return ((1 << h * width) - 1) // ((1 << width) - 1)
 
 
 def block_masks(

@@ -128,19 +128,29 @@ class Views:
 
     def apply(self, pictures: Tensor, draw: ViewDraw, size: int) -> Tensor:
         """uint8 [B, S, S, 3] → [B, 3, size, size], normalised; row i is a function of picture i and row i of `draw`."""
-        x = pictures.permute(0, 3, 1, 2).to(self.dtype).div_(255.0)
-        blurred = torch.nonzero(draw.sigma.cpu(), as_tuple=True)[0].to(x.device)
+        # Contiguous while a byte each: `to` would keep the order of the strides, and the products would copy again.
+        x = pictures.permute(0, 3, 1, 2).contiguous().to(self.dtype)
+        blurred, solarized = (_rows(chosen, x.device) for chosen in (draw.sigma > 0, draw.solarize))
         d = ViewDraw(*(v.to(self.dtype) if v.is_floating_point() else v for v in draw.to(x.device)))
         x = _rotated(x, d, size, blurred) if self.recipe.rotation else _upright(x, d, size, blurred)
         x = self._recolour(x.clamp_(0.0, 1.0), d)
-        if any(self.recipe.solarize):
-            x = torch.where(d.solarize.view(-1, 1, 1, 1) & (x >= 0.5), 1.0 - x, x)
-        return (x - self.mean.to(x.device)) / self.std.to(x.device)
+        if len(solarized):
+            rows = x[solarized]
+            x[solarized] = torch.where(rows >= 0.5, 1.0 - rows, rows)
+        mean, std = self._statistics(x.device)
+        return x.sub_(mean).div_(std)
 
     def normalise(self, pictures: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] → [B, 3, S, S], no randomness."""
         x = pictures.permute(0, 3, 1, 2).to(self.dtype).div(255.0)
-        return (x - self.mean.to(x.device)) / self.std.to(x.device)
+        mean, std = self._statistics(x.device)
+        return x.sub_(mean).div_(std)
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation, copied once: a copy in every step would wait for the GPU."""
+        if self.mean.device != device:
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self.mean, self.std
 
     def _colour(self, r: Tensor, generator: torch.Generator) -> Tensor:
         """Saturation, hue, grey and mixing as matrices [count, 3, 3] on RGB; `r` [4, count] are uniform."""
@@ -168,8 +178,13 @@ class Views:
 
         x = torch.bmm(d.colour * d.brightness.view(-1, 1, 1), x.flatten(2)).view_as(x)
         mean = x.mean((1, 2, 3), keepdim=True)
-        x = ((x - mean) * column(d.contrast)).add_(mean).clamp_(0.0, 1.0)
+        x = x.sub_(mean).mul_(column(d.contrast)).add_(mean).clamp_(0.0, 1.0)
         return x.pow(column(d.gamma)) if self.recipe.gamma != 1.0 else x
+
+
+def _rows(chosen: Tensor, device: torch.device) -> Tensor:
+    """Positions of the rows that are `chosen` (on the CPU, so that no GPU is waited for), on `device`."""
+    return torch.nonzero(chosen.cpu(), as_tuple=True)[0].to(device, non_blocking=True)
 
 
 def _crop(
@@ -203,7 +218,7 @@ def _upright(x: Tensor, d: ViewDraw, size: int, blurred: Tensor) -> Tensor:
     """The crop, resampled and, for the rows in `blurred`, blurred by the same two products."""
     cx, cy, w, h = d.box.unbind(1)
     across = _filter(cx - w / 2 * d.flip, w * d.flip, x.shape[3], size)
-    down = _filter(cy - h / 2, h, x.shape[2], size)
+    down = _filter(cy - h / 2, h, x.shape[2], size).div_(255.0)
     if len(blurred):
         blur = _gaussian(d.sigma[blurred], size)
         across[blurred], down[blurred] = blur @ across[blurred], blur @ down[blurred]
@@ -223,9 +238,8 @@ def _rotated(x: Tensor, d: ViewDraw, size: int, blurred: Tensor) -> Tensor:
     high = (to_picture[:, :, 2] + reach).clamp(-1.0, 1.0)
     side = math.ceil(size * math.sqrt(2))
     start, extent = (low + 1) / 2, (high - low) / 2
-    canvas = _resample(
-        x, _filter(start[:, 1], extent[:, 1], x.shape[2], side), _filter(start[:, 0], extent[:, 0], x.shape[3], side)
-    )
+    across = _filter(start[:, 0], extent[:, 0], x.shape[3], side)
+    canvas = _resample(x, _filter(start[:, 1], extent[:, 1], x.shape[2], side).div_(255.0), across)
     scale = 1 / extent
     theta = to_picture * scale.unsqueeze(2)
     theta[:, :, 2] -= (low + high) / 2 * scale
@@ -238,7 +252,7 @@ def _rotated(x: Tensor, d: ViewDraw, size: int, blurred: Tensor) -> Tensor:
 
 
 def _resample(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """[B, 3, H, W] by `down` [B, h, H] and `across` [B, w, W] → [B, 3, h, w]."""
+    """Product along both axes: [B, 3, H, W] by `down` [B, h, H] and `across` [B, w, W] → [B, 3, h, w]."""
     B, C, H, W = x.shape
     x = torch.bmm(x.reshape(B, C * H, W), across.transpose(1, 2)).view(B, C, H, -1)
     return torch.matmul(down.unsqueeze(1), x)
@@ -255,8 +269,8 @@ def _filter(start: Tensor, extent: Tensor, source: int, size: int) -> Tensor:
     pixel = torch.arange(source, dtype=start.dtype, device=start.device) + 0.5
     t = (pixel - centre.unsqueeze(2)).abs_().div_(step.abs().clamp(min=1.0).unsqueeze(2)).clamp_(max=2.0)
     # Keys' cubic with a = −0.5; (t − 1)(t − 2)² and the near branch written so that few temporaries are needed.
-    near = (1.5 * t - 2.5).mul_(t).mul_(t).add_(1.0)
-    far = (t - 2.0).square_().mul_(t - 1.0).mul_(-0.5)
+    near = (1.5 * t).sub_(2.5).mul_(t).mul_(t).add_(1.0)
+    far = (t - 2.0).square_().mul_(t.sub(1.0)).mul_(-0.5)
     weight = torch.where(t < 1.0, near, far)
     return weight.div_(weight.sum(2, keepdim=True))
 

@@ -1,86 +1,189 @@
-"""Views, cache and kNN."""
+"""The cache of decoded pictures, and kNN."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+import training.cache
+from export.bundle import RefusalError
 from export.preprocess import PreprocessSpec, find_pictures, preprocess
+from tests.conftest import encode, noise
 from tests.shapes import write_shapes
-from training.cache import build_cache
+from training.cache import Picture, PictureCache, build_cache
 from training.knn import knn_accuracy, pixel_features
-from training.views import Views
 
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-
-
-@pytest.mark.parametrize("preset", ["photographs", "products", "orientation-free"])
-@pytest.mark.parametrize("kind", ["first", "second", "local"])
-def test_views_differ_per_sample_and_repeat_per_seed(preset: str, kind: str) -> None:
-    pictures = torch.randint(0, 256, (1, 48, 48, 3), dtype=torch.uint8).expand(6, -1, -1, -1)
-    views = Views(preset, MEAN, STD)
-    a = views(pictures, 32, (0.3, 1.0), kind, torch.Generator().manual_seed(1))
-    b = views(pictures, 32, (0.3, 1.0), kind, torch.Generator().manual_seed(1))
-    assert a.shape == (6, 3, 32, 32) and torch.equal(a, b)
-    assert (a >= -2.0001).all() and (a <= 2.0001).all()  # (0 − 0.5) / 0.25 … (1 − 0.5) / 0.25
-    assert all(not torch.allclose(a[0], other, atol=0.05) for other in a[1:])
+CPU = torch.device("cpu")
 
 
-def test_a_whole_view_without_colour_is_the_picture() -> None:
-    views = Views("photographs", MEAN, STD)
-    theta = views._geometry(50, (1.0, 1.0), torch.Generator().manual_seed(0))
-    assert ((theta[:, 0, 0].abs() + theta[:, 0, 2].abs()) <= 1.0001).all()  # nothing outside the picture
-    assert ((theta[:, 1, 1].abs() + theta[:, 1, 2].abs()) <= 1.0001).all()
-    assert theta[:, 0, 0].abs().min() > 0.8  # the whole area, up to the aspect ratio
-    assert set(torch.sign(theta[:, 0, 0]).tolist()) == {-1.0, 1.0}  # flips
-    assert theta[:, 0, 1].abs().max() == 0  # no rotation
-    turned = Views("orientation-free", MEAN, STD)._geometry(50, (1.0, 1.0), torch.Generator().manual_seed(0))
-    assert turned[:, 0, 1].abs().max() > 0.5
-
-
-def test_product_views_keep_the_colour() -> None:
-    red = torch.tensor([200, 40, 40], dtype=torch.uint8).expand(64, 48, 48, 3)
-    for preset, keeps in (("products", True), ("photographs", False)):
-        seen = Views(preset, (0.0,) * 3, (1.0,) * 3)(red, 16, (0.5, 1.0), "first", torch.Generator().manual_seed(0))
-        r, g, b = seen.mean((2, 3)).T
-        assert bool(((r > g + 0.2) & ((g - b).abs() < 0.02)).all()) is keeps
+def build(folder: Path, items: Sequence[Picture], size: int = 24, **options: str) -> PictureCache:
+    return build_cache(folder, items, "test", size, 2, lambda _: None, **options)  # type: ignore[arg-type]
 
 
 def test_cache_keeps_whole_shards_and_makes_the_rest(tmp_path: Path) -> None:
     folder = write_shapes(tmp_path / "p", 24)
     (folder / "bad.jpg").write_bytes(b"x")
-    spec = PreprocessSpec(size=24)
     found = find_pictures(folder)
     seen: list[int] = []
-    cache = build_cache(tmp_path / "cache", found, folder, spec, 2, seen.append)
+    cache = build_cache(tmp_path / "cache", found, str(folder), 24, 2, seen.append)
     assert len(cache) == 24 and sum(seen) == 25 and cache.unreadable[0][0] == "bad.jpg"
+    assert cache.bytes == 24 * 24 * 24 * 3 and cache.labels[0] == cache.pictures[0].folder
     shard = tmp_path / "cache" / "pixels-00000.npy"
     before = shard.stat().st_mtime_ns
-    again = build_cache(tmp_path / "cache", found, folder, spec, 2, seen.append)
-    assert shard.stat().st_mtime_ns == before and again.fingerprint == cache.fingerprint
+    again = build(tmp_path / "cache", found)
+    assert shard.stat().st_mtime_ns == before and again.fingerprint.sha256 == cache.fingerprint.sha256
+    assert torch.equal(again.aspects, cache.aspects) and torch.equal(again.groups, cache.groups)
     # Cut short by a kill: the note is missing, so the shard is made again.
     (tmp_path / "cache" / "pixels-00000.json").unlink()
-    build_cache(tmp_path / "cache", found, folder, spec, 2, seen.append)
+    build(tmp_path / "cache", found)
     assert shard.stat().st_mtime_ns != before
-    expected = preprocess((folder / cache.pictures[5].key).read_bytes(), spec).pixels
-    got = cache.gather(torch.tensor([5]), torch.device("cpu"))[0].numpy()
-    assert np.array_equal(got, expected)
-    cache.load(torch.device("cpu"))
-    assert np.array_equal(cache.gather(torch.tensor([5]), torch.device("cpu"))[0].numpy(), expected)
+    # Another size is another cache.
+    assert build(tmp_path / "cache", found, 32).gather(torch.tensor([0]), CPU).shape == (1, 32, 32, 3)
+
+
+def test_the_whole_picture_is_kept_with_its_shape(tmp_path: Path) -> None:
+    image = noise(120, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: 40×120 as seen
+    (tmp_path / "a.png").write_bytes(encode(image, "PNG"))
+    (tmp_path / "b.jpg").write_bytes(encode(image, exif=exif))
+    cache = build(tmp_path / "cache", find_pictures(tmp_path))
+    assert cache.aspects.tolist() == pytest.approx([3.0, 1 / 3])
+    expected = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC))
+    assert np.array_equal(cache.gather(torch.tensor([0]), CPU)[0].numpy(), expected)
+
+
+def test_squeezing_left_the_hash_of_other_specifications_alone() -> None:
+    """It is part of every bundle's space_id."""
+    assert PreprocessSpec(size=224).sha256().startswith("77d89e26c65a1be0")
+    assert PreprocessSpec(size=64, fit="pad").sha256().startswith("c58e828457f6c969")
+
+
+def test_gathering_is_the_same_from_disk_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.cache, "SHARD_PICTURES", 64)
+    folder = write_shapes(tmp_path / "p", 150, size=16)
+    cache = build(tmp_path / "cache", find_pictures(folder))
+    assert len(list((tmp_path / "cache").glob("pixels-*.npy"))) == 3
+    wanted = torch.tensor([149, 0, 63, 64, 127, 128, 0])
+    from_disk = cache.gather(wanted, CPU)
+    spec = PreprocessSpec(size=24, fit="squeeze")
+    for row, index in zip(from_disk, wanted.tolist(), strict=True):
+        assert np.array_equal(row.numpy(), preprocess(cache.pictures[index].read(), spec).pixels)
+    assert not cache.resident
+    cache.load(CPU)
+    assert cache.resident and torch.equal(cache.gather(wanted, CPU), from_disk)
+
+
+@pytest.mark.parametrize("verify", ["full", "sampled", "auto"])
+def test_a_flipped_byte_is_noticed_and_its_shard_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: str
+) -> None:
+    monkeypatch.setattr(training.cache, "SHARD_PICTURES", 64)
+    folder = write_shapes(tmp_path / "p", 100, size=16)
+    found = find_pictures(folder)
+    good = build(tmp_path / "cache", found)
+    expected = good.gather(torch.arange(100), CPU)
+    victim, other = (tmp_path / "cache" / f"pixels-0000{i}.npy" for i in (1, 0))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    untouched = other.stat().st_mtime_ns
+    cache = build(tmp_path / "cache", found, verify=verify)
+    assert any("pixels-00001.npy does not match its checksum" in notice for notice in cache.notices)
+    assert torch.equal(cache.gather(torch.arange(100), CPU), expected) and other.stat().st_mtime_ns == untouched
+    assert not any("checksum" in notice for notice in build(tmp_path / "cache", found, verify=verify).notices)
+    # A note that was changed by hand is made again too.
+    note = tmp_path / "cache" / "pixels-00000.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "aspects": [9.0] * 64}))
+    assert build(tmp_path / "cache", found, verify=verify).aspects.max() == 1.0
+
+
+def test_a_killed_build_continues(tmp_path: Path) -> None:
+    """SIGKILL while the third shard is decoded: the finished shards are kept, and the result is that of a whole build."""
+    folder = write_shapes(tmp_path / "p", 256, size=16)
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+import training.cache
+from export.preprocess import find_pictures
+training.cache.SHARD_PICTURES = 64
+done = []
+def progress(count):
+    done.append(count)
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+training.cache.build_cache(Path({str(tmp_path / "cache")!r}), find_pictures(Path({str(folder)!r})), "test", 24, 1, progress)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2])
+    assert killed.returncode == -signal.SIGKILL
+    shards = sorted((tmp_path / "cache").glob("pixels-*.npy"))
+    assert len(shards) == 2
+    (tmp_path / "cache" / "pixels-00002.tmp").write_bytes(b"half")  # as a kill while writing leaves it
+    before = [p.stat().st_mtime_ns for p in shards]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.cache, "SHARD_PICTURES", 64)
+        cache = build(tmp_path / "cache", find_pictures(folder))
+        whole = build(tmp_path / "whole", find_pictures(folder))
+    assert [p.stat().st_mtime_ns for p in shards] == before
+    assert cache.fingerprint == whole.fingerprint and torch.equal(cache.groups, whole.groups)
+    assert torch.equal(cache.gather(torch.arange(256), CPU), whole.gather(torch.arange(256), CPU))
+
+
+def test_copies_are_marked_as_near_duplicates(tmp_path: Path) -> None:
+    for i in range(6):
+        image = noise(160, 120, i)
+        (tmp_path / f"{i}.png").write_bytes(encode(image, "PNG"))
+        if i < 2:
+            (tmp_path / f"{i}-copy.jpg").write_bytes(encode(image.resize((80, 60)), quality=60))
+    cache = build(tmp_path / "cache", find_pictures(tmp_path), 48)
+    by_key = {picture.key: int(group) for picture, group in zip(cache.pictures, cache.groups, strict=True)}
+    assert by_key["0.png"] == by_key["0-copy.jpg"] and by_key["1.png"] == by_key["1-copy.jpg"]
+    assert len(set(by_key.values())) == 6
+    assert any(notice.startswith("4 of 8 pictures have near-duplicates, in 2 groups") for notice in cache.notices)
+    rows = [line.split("\t") for line in (tmp_path / "cache" / "near-duplicates.tsv").read_text().splitlines()]
+    assert {key: int(group) for group, key in rows} == {k: v for k, v in by_key.items() if k[0] in "01"}
+
+
+def test_pictures_that_the_hash_cannot_tell_apart_are_not_marked(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / f"{i:02d}.png").write_bytes(encode(Image.new("RGB", (16, 16), (i, 2 * i, 3 * i)), "PNG"))
+    cache = build(tmp_path / "cache", find_pictures(tmp_path))
+    assert cache.groups.tolist() == list(range(40)) and any("look alike" in notice for notice in cache.notices)
+
+
+def test_a_cache_without_room_is_refused_before_it_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_shapes(tmp_path / "p", 8)
+    full = shutil._ntuple_diskusage(10**9, 10**9 - 100, 100)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(RefusalError, match="the picture cache needs"):
+        build(tmp_path / "cache", find_pictures(folder))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_no_picture_is_no_error_here(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"x")
+    cache = build(tmp_path / "cache", find_pictures(tmp_path))
+    assert len(cache) == 0 and cache.fingerprint.unreadable == 1 and cache.groups.shape == (0,)
+    cache.load(CPU)
 
 
 def test_a_changed_picture_changes_the_fingerprint(tmp_path: Path) -> None:
     folder = write_shapes(tmp_path / "p", 4)
-    spec = PreprocessSpec(size=24)
-    first = build_cache(tmp_path / "a", find_pictures(folder), folder, spec, 1, lambda _: None).fingerprint
+    first = build(tmp_path / "a", find_pictures(folder)).fingerprint
     victim = find_pictures(folder)[0].path
     victim.write_bytes(victim.read_bytes() + b"\0")
-    second = build_cache(tmp_path / "b", find_pictures(folder), folder, spec, 1, lambda _: None).fingerprint
-    assert first.sha256 != second.sha256
+    assert first.sha256 != build(tmp_path / "b", find_pictures(folder)).fingerprint.sha256
 
 
 def test_knn_by_hand() -> None:

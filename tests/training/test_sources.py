@@ -1,0 +1,230 @@
+"""Folders, globs, lists, tar shards, URLs: what is found, under which key and label, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.bundle import RefusalError
+from export.preprocess import PictureFile, UnreadablePictureError, find_pictures
+from tests.conftest import encode, noise
+from tests.shapes import write_shapes
+from training.cache import build_cache
+from training.sources import Sources, list_sources
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    """Four pictures, two of them with a .cls label, one below a folder, one that is no picture."""
+    path = tmp_path / "shard-0000.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(2):
+            add(archive, f"{i:04d}.jpg", encode(noise(20, 16, i)))
+            add(archive, f"{i:04d}.cls", f"{i}\n".encode())
+        add(archive, "./cats/tom.png", encode(noise(16, 16, 7), "PNG"))
+        add(archive, "notes.txt", b"no picture")
+        add(archive, ".hidden.jpg", b"x")
+        add(archive, "bad.jpg", b"not a picture")
+    return path
+
+
+def keys(sources: Sources) -> list[str]:
+    return [item.key for item in sources.items]
+
+
+def test_a_folder_gives_the_picture_files_of_the_other_commands(pictures: Path) -> None:
+    sources = list_sources([str(pictures)])
+    assert sources.items == find_pictures(pictures) and all(isinstance(item, PictureFile) for item in sources.items)
+    assert sources.labels[0] == sources.items[0].key.split("/")[0]
+
+
+def test_a_glob_keeps_the_folders_after_its_first_wildcard(pictures: Path) -> None:
+    sources = list_sources([f"{pictures}/c*/*.png"])
+    expected = [p.key for p in find_pictures(pictures) if p.key.startswith("c")]
+    assert keys(sources) == expected and set(sources.labels) == {"circle", "cross", "crescent"}
+
+
+def test_several_specs_have_unique_keys_and_keep_their_labels(pictures: Path, tmp_path: Path) -> None:
+    other = write_shapes(tmp_path / "more", 8)
+    sources = list_sources([str(pictures), str(other), str(other)])
+    assert len(set(keys(sources))) == len(sources.items) == 64 + 16
+    assert keys(sources)[0].startswith("pictures/") and keys(sources)[70].startswith("more/")
+    assert set(sources.labels) == {p.folder for p in find_pictures(pictures)}
+    assert sources.items[64].read() == find_pictures(other)[0].path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_lists_name_paths_and_labels(pictures: Path, suffix: str) -> None:
+    found = find_pictures(pictures)[:5]
+    rows = [{"label": f"class {i % 2}", "path": p.key} for i, p in enumerate(found)]
+    target = pictures.parent / "pictures" / f"list.{suffix}"
+    if suffix == "parquet":
+        pa = pytest.importorskip("pyarrow", reason="pyarrow comes with the [serve] extra")
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), target)
+    elif suffix == "jsonl":
+        target.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    else:
+        comma = "\t" if suffix == "tsv" else ","
+        target.write_text("\n".join(comma.join(row) for row in [["label", "path"], *(r.values() for r in rows)]))
+    try:
+        sources = list_sources([str(target)])
+    finally:
+        target.unlink()
+    assert keys(sources) == [p.key for p in found] and sources.labels == [row["label"] for row in rows]
+    assert [item.read() for item in sources.items] == [p.read() for p in found]
+    assert [(item.size, item.mtime_ns) for item in sources.items] == [(p.size, p.mtime_ns) for p in found]
+
+
+def test_what_a_list_names_in_vain_is_listed(pictures: Path, tmp_path: Path) -> None:
+    there = find_pictures(pictures)[0].path
+    (tmp_path / "l.csv").write_text(f"path\n{there}\n{there}\nabsent.jpg\n{tmp_path}\n")
+    sources = list_sources([str(tmp_path / "l.csv")])
+    assert keys(sources) == [str(there)] and sources.labels == [None]
+    reasons = [reason for _, reason in sources.unreadable]
+    assert "line 3 of the list repeats line 2" in reasons[0]
+    assert "line 4" in reasons[1] and "No such file" in reasons[1] and "line 5" in reasons[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", b"file,label\nx.jpg,1\n", "line 1 names no column 'path' or 'uri' (found: 'file', 'label')"),
+        ("a.csv", b"path,label\nx.jpg,1\ny.jpg\n", "line 3 has 1 cells, the first line names 2 columns"),
+        ("a.csv", b'path,label\n"x.jpg,1\n', "is damaged"),
+        ("a.csv", b"path\nx\xff.jpg\n", "line 2 is not UTF-8"),
+        ("a.csv", b"path\nnone.jpg\n", "gives no picture that can be used"),
+        ("a.jsonl", b'{"path": "x.jpg"}\n{"path": \n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"path": "x.jpg"}\n\n["x.jpg"]\n', "line 3 is no object"),
+        ("a.jsonl", b'{"image": "x.jpg"}\n', "line 1 has no column 'path' or 'uri' (found: 'image')"),
+        ("a.jsonl", b'{"path": 7}\n', "line 1 has 7 as its path"),
+        ("a.tar", b"no tar" * 100, "is no uncompressed tar"),
+        ("a.xyz", b"?", "neither a picture nor a list"),
+    ],
+)
+def test_bad_lists_are_refused_with_the_line(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RefusalError) as refusal:
+        list_sources([str(tmp_path / name)])
+    assert expected in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_bad_specs_are_refused(tmp_path: Path) -> None:
+    for spec, expected in (
+        (str(tmp_path / "absent"), "does not exist"),
+        (str(tmp_path / "*.jpg"), "gives no picture"),
+        ("s-{9..3}.tar", "does not count up"),
+        ("nosuch://bucket/x", "no URL that fsspec knows"),
+        ("memory://absent/", "cannot be listed"),
+    ):
+        with pytest.raises(RefusalError, match=expected):
+            list_sources([spec])
+    with pytest.raises(RefusalError, match="no pictures were named"):
+        list_sources([])
+
+
+def test_tar_members_are_read_where_they_lie(shard: Path, tmp_path: Path) -> None:
+    sources = list_sources([str(shard)])
+    names = ["0000.jpg", "0001.jpg", "cats/tom.png", "bad.jpg"]
+    assert keys(sources) == [f"shard-0000/{name}" for name in names] and sources.labels == ["0", "1", "cats", None]
+    with tarfile.open(shard) as archive:
+        for item, member in zip(sources.items, ["0000.jpg", "0001.jpg", "./cats/tom.png", "bad.jpg"], strict=True):
+            content = archive.extractfile(member)
+            assert content is not None and item.read() == content.read()
+    cache = build_cache(tmp_path / "cache", sources.items, sources.name, 16, 1, lambda _: None)
+    assert len(cache) == 3 and [key for key, _ in cache.unreadable] == ["shard-0000/bad.jpg"]
+    assert cache.labels == ["0", "1", "cats"] and cache.aspects.tolist() == [1.25, 1.25, 1.0]
+
+
+def test_tar_shards_expand_and_their_index_is_kept_until_they_change(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shard-0001.tar").write_bytes(shard.read_bytes())
+    spec = str(tmp_path / "shard-{0000..0001}.tar")
+    first = list_sources([spec], tmp_path / "index")
+    assert len(first.items) == 8 and len(set(keys(first))) == 8
+    assert keys(list_sources([str(tmp_path / "shard-*.tar")])) == keys(first)
+    opened: list[object] = []
+    original = tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *a, **k: (opened.append(k), original(*a, **k))[1])
+    assert list_sources([spec], tmp_path / "index").items == first.items and not opened
+    with original(shard, "a") as archive:
+        add(archive, "new.jpg", encode(noise(8, 8)))
+    assert len(list_sources([spec], tmp_path / "index").items) == 9 and len(opened) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "header"])
+def test_a_damaged_tar_gives_what_comes_before_and_says_so(shard: Path, damage: str) -> None:
+    data = bytearray(shard.read_bytes())
+    third = list_sources([str(shard)]).items[2]
+    at = third.offset - 512  # type: ignore[attr-defined]
+    shard.write_bytes(data[: at + 520] if damage == "cut" else data[:at] + b"\x55" * 512 + data[at + 512 :])
+    sources = list_sources([str(shard)])
+    assert keys(sources) == ["shard-0000/0000.jpg", "shard-0000/0001.jpg"]
+    assert sources.unreadable[0][0] == "shard-0000.tar" and "damaged after 2 pictures" in sources.unreadable[0][1]
+
+
+@pytest.fixture
+def store(shard: Path) -> Iterator[str]:
+    """fsspec's file system in memory, with a folder, a list and a tar."""
+    fsspec = pytest.importorskip("fsspec", reason="fsspec comes with torch")
+    files = fsspec.filesystem("memory")
+    for i in range(4):
+        files.pipe(f"/store/{'ab'[i % 2]}/{i}.jpg", encode(noise(24, 12, i)))
+    files.pipe("/store/list.csv", b"uri,label\na/0.jpg,x\nmemory://store/b/1.jpg,y\n")
+    files.pipe("/store/s.tar", shard.read_bytes())
+    yield "memory://store"
+    files.rm("/store", recursive=True)
+
+
+def test_urls_of_folders_globs_lists_and_tars(store: str, shard: Path) -> None:
+    import fsspec
+
+    glob = list_sources([f"{store}/*/*.jpg"])
+    assert keys(glob) == ["a/0.jpg", "a/2.jpg", "b/1.jpg", "b/3.jpg"] and glob.labels == ["a", "a", "b", "b"]
+    assert glob.items[0].read() == fsspec.filesystem("memory").cat_file("/store/a/0.jpg")
+    listed = list_sources([f"{store}/list.csv"])
+    assert listed.labels == ["x", "y"] and [i.read() for i in listed.items] == [
+        glob.items[0].read(),
+        glob.items[2].read(),
+    ]
+    tar, local = list_sources([f"{store}/s.tar"]), list_sources([str(shard)])
+    assert [i.read() for i in tar.items] == [i.read() for i in local.items] and tar.labels == local.labels
+    assert len(list_sources([store + "/a"]).items) == 2
+    before = glob.items[0].mtime_ns
+    fsspec.filesystem("memory").pipe("/store/a/0.jpg", encode(noise(24, 12, 9)))
+    assert list_sources([f"{store}/*/*.jpg"]).items[0].mtime_ns != before  # a changed object is another identity
+
+
+def test_a_file_url_reads_as_the_folder_does(pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fsspec", reason="fsspec comes with torch")
+    url, folder = list_sources([pictures.as_uri()]), list_sources([str(pictures)])
+    assert keys(url) == keys(folder) and url.labels == folder.labels
+    a = build_cache(tmp_path / "a", url.items, url.name, 16, 1, lambda _: None)
+    b = build_cache(tmp_path / "b", folder.items, folder.name, 16, 1, lambda _: None)
+    assert a.fingerprint.sha256 == b.fingerprint.sha256
+    assert np.array_equal(a._shards[0], b._shards[0])
+
+
+def test_a_picture_that_vanishes_is_unreadable_not_fatal(store: str, pictures: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    remote = list_sources([f"{store}/a"]).items
+    fsspec.filesystem("memory").rm("/store/a/0.jpg")
+    with pytest.raises(UnreadablePictureError, match="cannot be read"):
+        remote[0].read()
+    cache = build_cache(tmp_path / "c", remote, "store", 16, 1, lambda _: None)
+    assert len(cache) == 1 and cache.unreadable[0][0] == "0.jpg"

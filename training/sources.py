@@ -1,0 +1,308 @@
+"""Where pictures come from: folders, globs, lists (CSV, TSV, JSONL, Parquet), tar shards, and URLs of the same by fsspec.
+
+A *spec* is what the user types. `{0000..0009}` expands as in a shell. Tar members are read where they lie in the archive
+(WebDataset's layout: files of one stem form a sample, `.cls` holds its label), never unpacked.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+import stat
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from export.bundle import RefusalError, list_pictures
+from export.preprocess import DEFAULT_LIMITS, SUFFIXES, PictureFile, UnreadablePictureError, first_folder, key_of
+from training.cache import Picture
+from training.lists import LIST_SUFFIXES, read_list
+from training.tars import TAR_SUFFIX, tar_members
+
+_URL = re.compile(r"^[a-z][a-z0-9+]*(::[a-z][a-z0-9+]*)?://", re.IGNORECASE)
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAGIC = re.compile(r"[*?\[]")
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class SourcePicture:
+    """A picture of a source: a whole file, or a stretch of one."""
+
+    key: str
+    """Unique name in its `Sources`, UTF-8, with `/`."""
+    size: int
+    """Bytes, 0 where unknown."""
+    mtime_ns: int
+    """Changes with the contents: time of last change, or a number made from the store's etag; 0 where unknown."""
+    folder: str
+    """Label, or ''."""
+    where: Path | str
+    """A local path or a URL."""
+    offset: int | None = None
+    """Where it begins in that file; None for the whole file."""
+
+    @property
+    def label(self) -> str | None:
+        """`folder`, None for ''."""
+        return self.folder or None
+
+    def read(self) -> bytes:
+        """The encoded picture. Raises `UnreadablePictureError`."""
+        if self.size > DEFAULT_LIMITS.max_bytes:
+            raise UnreadablePictureError(
+                "IMAGE_TOO_LARGE",
+                f"the picture has {self.size:,} bytes, at most {DEFAULT_LIMITS.max_bytes:,} are accepted: shrink it first",
+            )
+        try:
+            return self._remote() if isinstance(self.where, str) else self._local(self.where)
+        except OSError as e:
+            raise UnreadablePictureError(
+                "IMAGE_UNDECODABLE", f"the file cannot be read ({e.strerror or type(e).__name__})"
+            ) from None
+
+    def _local(self, path: Path) -> bytes:
+        if self.offset is None:
+            return path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def _remote(self) -> bytes:
+        files, path = open_url(str(self.where))
+        start = self.offset
+        end = None if start is None else start + self.size
+        for attempt in range(_ATTEMPTS):
+            try:
+                data: bytes = files.cat_file(path, start=start, end=end)
+                return data
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            except Exception as e:  # clients of stores raise their own classes (aiohttp, botocore)
+                if attempt == _ATTEMPTS - 1:
+                    raise OSError(None, f"{type(e).__name__}: {e}") from None
+        raise AssertionError("unreachable")
+
+
+@dataclass
+class Sources:
+    """What `list_sources` found."""
+
+    items: list[Picture] = field(default_factory=list)
+    """The pictures: in the order of the specs, each spec's in its own order."""
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    """(key, reason) of what was named but cannot be used."""
+    name: str = ""
+    """The specs, for fingerprints and messages."""
+
+    @property
+    def labels(self) -> list[str | None]:
+        """A label per item, None where it has none."""
+        return [item.folder or None for item in self.items]
+
+
+def list_sources(specs: Sequence[str], index_folder: Path | None = None) -> Sources:
+    """All pictures that `specs` name, with unique keys.
+
+    A single folder gives `PictureFile`s under their paths below it; several specs prefix each key with the spec's name.
+    Labels are a list's `label` column, a tar's `.cls` files, otherwise the first folder of the key.
+
+    The index of a tar is kept in `index_folder`, where one is given, until the tar changes.
+
+    Raises `RefusalError` when a spec is wrong or holds no picture.
+    """
+    expanded = [part for spec in specs for part in expand_braces(spec)]
+    if not expanded:
+        raise RefusalError("no pictures were named: give a folder, a glob, a list, tar shards or a URL")
+    sources = Sources(name=" ".join(specs))
+    if len(expanded) == 1 and not _URL.match(expanded[0]) and Path(expanded[0]).is_dir():
+        folder = Path(expanded[0])
+        sources.items += list_pictures(folder, sources.unreadable)
+        sources.name = str(folder.resolve())
+        return sources
+    taken: set[str] = set()
+    for spec in expanded:
+        unreadable: list[tuple[str, str]] = []
+        finder = _Finder(unreadable, index_folder)
+        found = list(finder.remote(spec) if _URL.match(spec) else finder.local(spec))
+        if not found:
+            why = f": for example {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ": check the spelling"
+            raise RefusalError(f"{spec} gives no picture that can be used (.jpg, .png, …){why}")
+        sources.unreadable += unreadable
+        prefix = f"{_stem(spec)}/" if len(expanded) > 1 and not _is(spec, (TAR_SUFFIX,)) else ""
+        for item in found:
+            key = prefix + item.key
+            while key in taken:
+                key += "~"
+            taken.add(key)
+            sources.items.append(_renamed(item, key))
+    return sources
+
+
+def expand_braces(spec: str) -> list[str]:
+    """`shard-{0000..0002}.tar` → three names; the width of the first number is kept."""
+    match = _BRACES.search(spec)
+    if match is None:
+        return [spec]
+    first, last = match[1], match[2]
+    if int(last) < int(first) or int(last) - int(first) > 10**6:
+        raise RefusalError(f"{spec}: {match[0]} does not count up from {first}: write {{FIRST..LAST}}")
+    names = (
+        f"{spec[: match.start()]}{n:0{len(first)}d}{spec[match.end() :]}" for n in range(int(first), int(last) + 1)
+    )
+    return [name for part in names for name in expand_braces(part)]
+
+
+def open_url(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it. Raises `RefusalError` where its client is not installed."""
+    try:
+        import fsspec
+    except ModuleNotFoundError:
+        raise RefusalError(f"{url} needs the package fsspec: pip install fsspec") from None
+    try:
+        files, path = fsspec.core.url_to_fs(url)
+    except ImportError as e:  # fsspec names the missing client
+        raise RefusalError(f"{url} needs a package that is not installed ({e}): install it") from None
+    except ValueError as e:
+        raise RefusalError(f"{url} is no URL that fsspec knows ({e}): use s3://, gs://, https:// or file://") from None
+    return files, path
+
+
+class _Finder:
+    """Finds the pictures of one spec."""
+
+    def __init__(self, unreadable: list[tuple[str, str]], index_folder: Path | None) -> None:
+        self._unreadable = unreadable
+        self._index_folder = index_folder
+
+    def local(self, spec: str) -> Iterator[Picture]:
+        """Of a local path or glob."""
+        path = Path(spec)
+        if path.is_dir():
+            yield from list_pictures(path, self._unreadable)
+        elif path.is_file():
+            yield from self._file(path, path.parent)
+        elif _MAGIC.search(spec):
+            # Keys are relative to the part before the first wildcard.
+            fixed = list(_before_magic(path.parts))
+            root = Path(*fixed) if fixed else Path()
+            for name in sorted(glob.glob(spec, recursive=True)):  # noqa: PTH207 (Path.glob takes no absolute pattern)
+                if Path(name).is_file() and _is(name, (*SUFFIXES, *LIST_SUFFIXES, TAR_SUFFIX)):
+                    yield from self._file(Path(name), root)
+        else:
+            raise RefusalError(f"{spec} does not exist: give a folder, a glob, a list, tar shards or a URL")
+
+    def remote(self, url: str) -> Iterator[Picture]:
+        """Of a URL."""
+        files, path = open_url(url)
+        try:
+            if _MAGIC.search(path):
+                infos = files.glob(path, detail=True)
+                root = "/".join(_before_magic(path.split("/")))
+            elif files.isdir(path):
+                infos, root = files.find(path, detail=True), path
+            else:
+                infos, root = {path: files.info(path)}, path.rpartition("/")[0]
+        except Exception as e:  # clients of stores raise their own classes (aiohttp, botocore)
+            reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
+            raise RefusalError(f"{url} cannot be listed ({reason}): check the address and your access to it") from None
+        for name, info in sorted(infos.items()):
+            key = unicodedata.normalize("NFC", name[len(root) :].lstrip("/"))
+            size, version = int(info.get("size") or 0), _version(info)
+            full = files.unstrip_protocol(name)
+            if info.get("type") == "directory":
+                continue
+            if _is(name, LIST_SUFFIXES):
+                yield from self._listed(full, files.cat_file(name))
+            elif _is(name, (TAR_SUFFIX,)):
+                with files.open(name, "rb") as file:
+                    yield from self._tar_members(PurePosixPath(name).name, file, size, version, full)
+            elif _is(name, tuple(SUFFIXES)):
+                yield SourcePicture(key, size, version, first_folder(key), full)
+
+    def _file(self, path: Path, root: Path) -> Iterator[Picture]:
+        name = path.name.lower()
+        if name.endswith(LIST_SUFFIXES):
+            yield from self._listed(str(path), path.read_bytes())
+        elif name.endswith(TAR_SUFFIX):
+            status = path.stat()
+            with path.open("rb") as file:
+                yield from self._tar_members(path.name, file, status.st_size, status.st_mtime_ns, path)
+        elif path.suffix.lower() in SUFFIXES:
+            status = path.stat()
+            yield PictureFile(key_of(path, root), path, status.st_size, status.st_mtime_ns)
+        else:
+            raise RefusalError(
+                f"{path} is neither a picture nor a list ({', '.join(LIST_SUFFIXES)}) nor a tar shard (.tar): "
+                "give one of those"
+            )
+
+    def _tar_members(self, name: str, file: Any, size: int, version: int, where: Path | str) -> Iterator[SourcePicture]:
+        for member in tar_members(name, file, size, self._unreadable, self._index_folder, f"{where}/{version}"):
+            yield SourcePicture(member.key, member.size, version, member.label, where, member.offset)
+
+    def _listed(self, where: str, data: bytes) -> Iterator[SourcePicture]:
+        """The pictures of a list; relative paths start at the list's folder."""
+        remote = _URL.match(where) is not None
+        seen: dict[str, int] = {}
+        for line, name, label in read_list(where, data):
+            key = unicodedata.normalize("NFC", name)
+            if key in seen:
+                self._unreadable.append((key, f"line {line} of the list repeats line {seen[key]}"))
+                continue
+            seen[key] = line
+            folder = first_folder(key) if label is None and not _URL.match(key) else label or ""
+            if remote and not _URL.match(name):
+                name = f"{where.rpartition('/')[0]}/{name}"
+            if _URL.match(name):
+                yield SourcePicture(key, 0, 0, folder, name)
+                continue
+            path = Path(where).parent / name
+            try:
+                status = path.stat()
+            except (OSError, ValueError) as e:
+                reason = getattr(e, "strerror", None) or str(e)
+                self._unreadable.append((key, f"line {line} of the list names a file that cannot be opened ({reason})"))
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                self._unreadable.append((key, f"line {line} of the list names something that is not a file"))
+                continue
+            yield SourcePicture(key, status.st_size, status.st_mtime_ns, folder, path)
+
+
+def _before_magic(parts: Sequence[str]) -> Iterator[str]:
+    for part in parts[:-1]:
+        if _MAGIC.search(part):
+            return
+        yield part
+
+
+def _version(info: dict[str, Any]) -> int:
+    """A number that changes with a remote file: from its etag or checksum, otherwise its time of last change."""
+    for name in ("ETag", "etag", "md5Hash", "md5", "LastModified", "last_modified", "mtime", "updated", "created"):
+        if info.get(name):
+            return int.from_bytes(hashlib.sha256(str(info[name]).encode()).digest()[:8], "big") >> 1
+    return 0
+
+
+def _renamed(item: Picture, key: str) -> Picture:
+    if key == item.key:
+        return item
+    where = item.path if isinstance(item, PictureFile) else getattr(item, "where")  # noqa: B009
+    return SourcePicture(key, item.size, item.mtime_ns, item.folder, where, getattr(item, "offset", None))
+
+
+def _is(name: str, suffixes: tuple[str, ...]) -> bool:
+    return name.lower().endswith(tuple(suffixes))
+
+
+def _stem(spec: str) -> str:
+    """A short name of a spec: its last part that holds no wildcard."""
+    parts = [part for part in _URL.sub("", spec).rstrip("/").split("/") if part and not _MAGIC.search(part)]
+    return PurePosixPath(parts[-1]).stem if parts else "pictures"
