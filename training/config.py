@@ -87,6 +87,8 @@ class Train(BaseModel):
     """CPU threads; the process's quota where absent."""
     checkpoint_minutes: float = Field(2.0, gt=0)
     """Time between checkpoints."""
+    tensorboard: bool = False
+    """Also write the metrics to `run/tensorboard/`."""
 
     def cli_cmd(self) -> int:
         """Run the command."""

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -48,8 +49,11 @@ from training.head import Head
 from training.masks import block_masks
 from training.memory import RingMemory
 from training.monitor import SAMPLE, Health, Monitor, read_history
+from training.report import write_report
 from training.schedules import cosine, linear_warmup, warmup_cosine
+from training.snapshots import MAPS, Snapshots
 from training.sop import draw_prototypes, image_loss, koleo, patch_loss, vote_statistics
+from training.tensorboard import TensorBoardWriter
 from training.views import Views
 
 INTERRUPTED = 130
@@ -233,9 +237,11 @@ class Trainer:
         if loaded is not None:
             self.console.print(f"continuing at step {start:,} of {r.steps:,}")
         self.save(start)  # also after a resume: a kill may have come between the checkpoint and the encoder
-        log = MetricsLog(self.run / "metrics.jsonl", start)
+        board = TensorBoardWriter(self.run, start) if self.asked.tensorboard else None
+        log = MetricsLog(self.run / "metrics.jsonl", start, [board.write] if board else [])
+        snapshots = Snapshots(self.run, monitor.pictures, monitor.labels, start)
         history = read_history(self.run / "metrics.jsonl")
-        self._measure(start, monitor, log, history)
+        self._measure(start, monitor, snapshots, log, history)
 
         every = max(1, min(20, r.steps // 50))
         measure_every = max(1, -(-r.steps // MEASUREMENTS))
@@ -252,7 +258,7 @@ class Trainer:
                     self._log(log, done, pending, time.monotonic() - since)
                     pending, since = [], time.monotonic()
                 if done % measure_every == 0 or done == r.steps:
-                    self._measure(done, monitor, log, history)
+                    self._measure(done, monitor, snapshots, log, history)
                     since = time.monotonic()
                 if self.stopped and done < r.steps:
                     self.save(done)
@@ -263,6 +269,8 @@ class Trainer:
                 if done == r.steps or due:
                     self.save(done)
                     saved = time.monotonic()
+        write_report(self.run)
+        self.console.print(f"report: {self.run / 'report.html'}")
         self.console.print(f"done: {self.run}   next: likewise export {self.run} --out BUNDLE")
         return 0
 
@@ -278,10 +286,14 @@ class Trainer:
             images_per_second=len(pending) * self.recipe.batch_size / seconds,
         )  # fmt: skip
 
-    def _measure(self, step: int, monitor: Monitor, log: MetricsLog, history: list[Health]) -> None:
+    def _measure(
+        self, step: int, monitor: Monitor, snapshots: Snapshots, log: MetricsLog, history: list[Health]
+    ) -> None:
         health = monitor.measure(self.teacher, lambda heads: self._diagnostics(heads, step), step)
         history.append(health)
         log.write(**health.line())
+        assert monitor.latest is not None
+        snapshots.write(step, monitor.latest, monitor.maps(self.teacher, snapshots.queries[:MAPS]))
         knn = "" if math.isnan(health.knn) else f"   kNN {health.knn:.1f} %"
         self.console.print(
             f"step {step:>6,}   mean cosine {health.features.mean_cosine:.3f} (head {health.heads.mean_cosine:.3f})   "
@@ -330,7 +342,9 @@ class Trainer:
         labels = None
         if 1 < len(classes) <= len(names) // 2 and "" not in classes:
             labels = torch.tensor([classes.index(name) for name in names])
-        monitor = Monitor(torch.from_numpy(np.stack(rows)), labels, self.views.normalise, self.device)
+        monitor = Monitor(
+            torch.from_numpy(np.stack(rows)), labels, self.views.normalise, self.device, bool(self.recipe.init)
+        )
         stored = self.run / "monitor.safetensors"
         if stored.is_file() and resumed:
             monitor.load(load_file(stored))
@@ -443,8 +457,9 @@ class Trainer:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line; a resume drops the lines after its checkpoint."""
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
+    def __init__(self, path: Path, resumed_at: int, observers: Sequence[Callable[..., None]] = ()) -> None:
         self._path = path
+        self._observers = observers
         kept = []
         for line in path.read_text().splitlines() if path.is_file() else ():
             try:
@@ -460,6 +475,8 @@ class MetricsLog:
         """Append one line."""
         with self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
+        for observe in self._observers:
+            observe(**values)
 
 
 def clip_each(module: torch.nn.Module, limit: float) -> None:
