@@ -23,6 +23,7 @@ VERSION = "0.1.0.dev0"
 # command → (module, settings class, the extras it needs, one line of help)
 COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
     ("train",): ("training.config", "Train", "cpu,train", "pretrain an encoder on a folder of pictures (SOP)"),
+    ("report",): ("training.report", "Report", "cpu,train", "write a run's report.html again"),
     ("export",): ("export.command", "Export", "cpu,export", "turn a run into an ONNX bundle with proven parity"),
     ("index", "build"): (
         "service.build",

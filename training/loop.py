@@ -49,7 +49,6 @@ from training.head import Head
 from training.masks import block_masks
 from training.memory import RingMemory
 from training.monitor import SAMPLE, Health, Monitor, read_history
-from training.report import write_report
 from training.schedules import cosine, linear_warmup, warmup_cosine
 from training.snapshots import MAPS, Snapshots
 from training.sop import draw_prototypes, image_loss, koleo, patch_loss, vote_statistics
@@ -269,6 +268,8 @@ class Trainer:
                 if done == r.steps or due:
                     self.save(done)
                     saved = time.monotonic()
+        from training.report import write_report  # matplotlib: not at start-up
+
         write_report(self.run)
         self.console.print(f"report: {self.run / 'report.html'}")
         self.console.print(f"done: {self.run}   next: likewise export {self.run} --out BUNDLE")
