@@ -4,7 +4,8 @@
 
 healthy     drawn palettes, views `products`: the class is the pair of hues, which these views keep
 shortcut    drawn textures, views `products`: both views carry the same two colours, and colour says nothing about the class
-collapse    drawn palettes without stabiliser, from truncated normal 0.02: the embeddings shrink to nearly one point
+collapse    drawn palettes without stabiliser, from truncated normal 0.02, views `orientation-free`, which hide the class:
+            the embeddings shrink to nearly one point
 unlabelled  the shortcut run's pictures without folders: what is left are neighbours
 
 About 40 CPU seconds each. A finished run in FOLDER is not trained again.
@@ -34,13 +35,13 @@ COMMON: dict[str, Any] = {
 }
 UNSTABLE: dict[str, Any] = {
     "preset": "paper", "mim_weight": 0.0, "koleo_weight": 0.0, "lr": 1e-3, "momentum": 0.99, "local_crops": 2,
-    "head_dim": 128, "support": 4,
+    "head_dim": 128, "support": 4, "views": "orientation-free",
 }  # fmt: skip
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "healthy": ("palettes", {}),
-    "shortcut": ("textures", {}),
+    "healthy": ("palettes", {"views": "products"}),
+    "shortcut": ("textures", {"views": "products"}),
     "collapse": ("palettes", UNSTABLE),
-    "unlabelled": ("textures-flat", {}),
+    "unlabelled": ("textures-flat", {"views": "products"}),
 }
 
 
