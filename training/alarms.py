@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from training.monitor import GREY, RAW, UNTRAINED, Health
+from training.monitor import GREY, INITIAL, RAW, UNTRAINED, Health
 from training.statistics import CLUSTERS, EmbeddingStatistics
 
 Kind = Literal[
@@ -25,7 +25,8 @@ LOW_RANK = 0.35  # of the network's effective rank at step 0, or ...
 LOWEST_RANK = 3.0
 UNIFORM = 0.97  # of the largest entropy
 FEW = 0.3  # of the largest entropy
-SAME_NEIGHBOURS = {RAW: 0.35, GREY: 0.35, UNTRAINED: 0.6}  # overlap@10, without labels
+SAME_NEIGHBOURS = {RAW: 0.35, GREY: 0.35, UNTRAINED: 0.7}  # overlap@10, without labels, ...
+UNTRAINED_AFTER = 0.5  # ... the last from this share of the steps on: a short healthy run leaves its start slowly
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def alarms(history: list[Health], progress: float) -> list[Alarm]:
     found = _collapse(history)
     found += _votes(history)
     if progress >= SHORTCUT_AFTER and not found:  # a collapsed run has no neighbours to compare
-        found += _shortcut(now)
+        found += _shortcut(now, progress)
     return found
 
 
@@ -132,21 +133,24 @@ def _votes(history: list[Health]) -> list[Alarm]:
     return []
 
 
-def _shortcut(now: Health) -> list[Alarm]:
-    """Features that add nothing to pixels or to the network at step 0. With labels kNN decides, otherwise overlap."""
+def _shortcut(now: Health, progress: float) -> list[Alarm]:
+    """Features that add nothing to pixels or to the untrained network. With labels kNN decides, otherwise overlap. What
+    --init gave is no baseline here: the verdict at the end compares with it."""
     views = "choose --views that change what pictures share by accident (see docs/training.md), or train longer"
     if now.lead:
         beaten = [
             f"{name} ({now.knn - points:.1f} %, difference {points:+.1f} ± {error:.1f})"
             for name, (points, error) in now.lead.items()
-            if points <= error
+            if name != INITIAL and points <= error
         ]
         if beaten:
             text = f"shortcut: the features' kNN of {now.knn:.1f} % is no better than that of {' and of '.join(beaten)}"
             return [Alarm("shortcut", text, views)]
         return []
     same = [
-        f"{100 * share:.0f} % those of {name}" for name, share in now.overlap.items() if share > SAME_NEIGHBOURS[name]
+        f"{100 * share:.0f} % those of {name}"
+        for name, share in now.overlap.items()
+        if share > SAME_NEIGHBOURS.get(name, 1.0) and (name != UNTRAINED or progress >= UNTRAINED_AFTER)
     ]
     if same:
         text = (

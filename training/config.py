@@ -130,6 +130,8 @@ class Train(BaseModel):
     """Time between checkpoints."""
     plan: bool = False
     """Print what would run and how long, how much memory and disk it takes, then stop."""
+    tensorboard: bool = False
+    """Also write the metrics to `run/tensorboard/`."""
 
     def cli_cmd(self) -> int:
         """Run the command."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from rich.console import Console
@@ -27,19 +26,15 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from export.bundle import EncoderSpec, RefusalError, RunManifest, tensors_sha256, write_file
-from export.preprocess import PreprocessSpec, UnreadablePictureError, preprocess
-from training.alarms import alarms
-from training.cache import Picture, PictureCache
+from export.preprocess import PreprocessSpec
+from training.cache import PictureCache
 from training.checkpoint import load_checkpoint, save_checkpoint, save_offending_step
 from training.config import Hardware, Recipe, Train
 from training.distributed import agree, mean_over_ranks, rank, world_size
-from training.encoder import build_vit
 from training.learner import Learner, Speed
 from training.loader import Batches
-from training.metrics_log import MetricsLog
-from training.monitor import SAMPLE, UNTRAINED, Health, Monitor, read_history
+from training.observer import Observer
 from training.progress import bar
-from training.verdict import judge
 from training.views import Views
 
 INTERRUPTED = 130
@@ -104,22 +99,21 @@ class Trainer:
             start = loaded.step
             self.learner.load(loaded.state)
         self._announce()
-        monitor = self._monitor(resumed=loaded is not None) if rank() == 0 else None
+        observer = Observer(self, start, resumed=loaded is not None) if rank() == 0 else None
         if loaded is not None:
             self.console.print(f"continuing at step {start:,} of {self.recipe.steps:,}")
         self._save_initial(loaded is not None)
         self.save(start)  # also after a resume: a kill may have come between the checkpoint and the encoder
-        log = MetricsLog(self.run / "metrics.jsonl", start) if rank() == 0 else None
-        history = read_history(self.run / "metrics.jsonl", start) if rank() == 0 else []
-        self._measure(start, monitor, log, history)
+        if observer is not None:
+            observer.measure(start)
         try:
-            return self._train(start, monitor, log, history)
+            return self._train(start, observer)
         except (torch.OutOfMemoryError, MemoryError) as e:
             raise RefusalError(self._out_of_memory(str(e))) from e
         finally:
             self.batches().close()
 
-    def _train(self, start: int, monitor: Monitor | None, log: MetricsLog | None, history: list[Health]) -> int:
+    def _train(self, start: int, observer: Observer | None) -> int:
         r = self.recipe
         every = max(1, min(20, r.steps // 50))
         measure_every = max(1, -(-r.steps // MEASUREMENTS))
@@ -135,10 +129,10 @@ class Trainer:
                     overdue = time.monotonic() - saved > 60 * self.asked.checkpoint_minutes
                     stop, due = (flag > 0 for flag in agree(self.stopped or stop, overdue or due))
                 if done % every == 0 or stop or due:  # before every checkpoint too: what is saved was seen to be finite
-                    self._log(log, done, pending, time.monotonic() - since)
+                    self._log(observer, done, pending, time.monotonic() - since)
                     pending, since = [], time.monotonic()
-                if done % measure_every == 0 or done == r.steps:
-                    self._measure(done, monitor, log, history)
+                if observer is not None and (done % measure_every == 0 or done == r.steps):
+                    observer.measure(done)
                     since = time.monotonic()
                 if stop or due:
                     self.save(done)
@@ -148,24 +142,10 @@ class Trainer:
                         f"stopped and saved at step {done:,} of {r.steps:,}: the same command with --resume continues"
                     )
                     return INTERRUPTED
-        self._judge(monitor, history)
+        if observer is not None:
+            observer.finish()
         self.console.print(f"done: {self.run}   next: likewise export {self.run} --out BUNDLE")
         return 0
-
-    def _judge(self, monitor: Monitor | None, history: list[Health]) -> None:
-        """Runs that started from trained weights end with a verdict."""
-        if monitor is None or self.recipe.init is None:
-            return
-        self.console.print("comparing the adapted encoder with the initial one")
-        initial = build_vit(self.recipe.model, self.recipe.model_kwargs, self.recipe.image_size)
-        initial.load_state_dict(load_file(self.run / "initial.safetensors"))
-        initial.to(self.device, self.learner.speed.dtype)
-        verdict = judge(
-            initial, self.learner.teacher.vit, self._sample(), self._preprocess_spec(), self.views.normalise,
-            self.device, history[-1].lead.get(UNTRAINED), self.recipe.seed,
-        )  # fmt: skip
-        write_file(self.run / "verdict.json", verdict.model_dump_json(indent=2))
-        self.console.print(f"verdict: export the {verdict.export} encoder: {verdict.sentence}")
 
     def _settle_steps(self, stored: int | None) -> None:
         """With --minutes: the steps that fit, measured once and kept by a resume."""
@@ -199,7 +179,7 @@ class Trainer:
         # A tenth goes to measurements and checkpoints.
         return max(1, int(0.9 * 60 * minutes / self.seconds_per_step(min(5.0, 6 * minutes))))
 
-    def _log(self, log: MetricsLog | None, done: int, pending: list[dict[str, Tensor]], seconds: float) -> None:
+    def _log(self, observer: Observer | None, done: int, pending: list[dict[str, Tensor]], seconds: float) -> None:
         names = list(pending[0])
         rows = torch.stack([torch.stack([terms[name].double() for name in names]) for terms in pending])
         rows = mean_over_ranks(rows).cpu()
@@ -208,8 +188,8 @@ class Trainer:
             self._refuse_offending(done - len(pending) + int(bad[0]), dict(zip(names, rows[bad[0, 0]], strict=True)))
         means = dict(zip(names, rows.mean(0).tolist(), strict=True))
         waited, self._waited = self._waited, 0.0
-        if log is not None:
-            log.write(
+        if observer is not None:
+            observer.log.write(
                 step=done, **means, lr=self.learner.moment(done - 1).lr,
                 images_per_second=len(pending) * self.recipe.batch_size / seconds, data_wait=min(1.0, waited / seconds),
             )  # fmt: skip
@@ -225,58 +205,6 @@ class Trainer:
             f"{name} is {float(terms[name])} at step {step}; the last checkpoint is intact, and weights and pictures of "
             f"that step are in {self.run}/offending-step.pt: lower --lr, or use --precision float32, with another --out"
         )
-
-    def _measure(self, step: int, monitor: Monitor | None, log: MetricsLog | None, history: list[Health]) -> None:
-        if monitor is None or log is None:
-            return
-        moment = self.learner.moment(step)
-        health = monitor.measure(
-            self.learner.teacher, lambda heads: self.learner.method.diagnostics(heads, moment), step
-        )
-        history.append(health)
-        log.write(**health.line())
-        knn = "" if math.isnan(health.knn) else f"   kNN {health.knn:.1f} %"
-        self.console.print(
-            f"step {step:>6,}   mean cosine {health.features.mean_cosine:.3f} (head {health.heads.mean_cosine:.3f})   "
-            f"effective rank {health.features.effective_rank:.1f}   H(mean vote) "
-            f"{health.diagnostics['mean_vote_entropy']:.2f} of {health.diagnostics['max_entropy']:.2f}{knn}"
-        )
-        for alarm in alarms(history, step / max(1, self.recipe.steps)):
-            self.console.print(f"ALARM {alarm}", style="bold red")
-            log.write(step=step, alarm=str(alarm), kind=alarm.kind)
-
-    def _monitor(self, resumed: bool) -> Monitor:
-        """A sample of the pictures, prepared as at inference, with folder names as labels where there are several."""
-        spec = self._preprocess_spec()
-        rows, names = [], []
-        for picture in self._sample():
-            try:
-                rows.append(preprocess(picture.read(), spec).pixels)
-            except UnreadablePictureError:
-                continue  # changed since it was decoded; the sample does without it
-            names.append(picture.folder)
-        if not rows:
-            raise RefusalError(
-                f"none of the pictures in {self.asked.pictures} can be read any more: restore the folder"
-            )
-        classes = sorted(set(names))
-        labels = None
-        if 1 < len(classes) <= len(names) // 2 and "" not in classes:
-            labels = torch.tensor([classes.index(name) for name in names])
-        monitor = Monitor(torch.from_numpy(np.stack(rows)), labels, self.views.normalise, self.device)
-        stored = self.run / "monitor.safetensors"
-        if stored.is_file() and resumed:
-            monitor.load(load_file(stored))
-        else:
-            monitor.start(monitor.features(self.learner.teacher)[0])
-            write_file(stored, save_safetensors(monitor.state()))
-        for line in monitor.lines():
-            self.console.print(line)
-        return monitor
-
-    def _sample(self) -> list[Picture]:
-        order = np.random.default_rng(self.recipe.seed).permutation(len(self.cache))[:SAMPLE]
-        return [self.cache.pictures[i] for i in sorted(order)]
 
     # --- what a run leaves --------------------------------------------------------------------------------------
 
@@ -310,7 +238,7 @@ class Trainer:
             config=json.loads(self.recipe.model_dump_json()),
             reasons=self.reasons,
             encoder=self._encoder_spec(teacher.vit.embed_dim),
-            preprocess=self._preprocess_spec(),
+            preprocess=self.preprocess_spec(),
             data=self.cache.fingerprint,
             versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
             git_revision=_git_revision(),
@@ -326,7 +254,8 @@ class Trainer:
         r = self.recipe
         return EncoderSpec(model=r.model, kwargs=r.model_kwargs, image_size=r.image_size, embedding_dim=embedding_dim)
 
-    def _preprocess_spec(self) -> PreprocessSpec:
+    def preprocess_spec(self) -> PreprocessSpec:
+        """How whole pictures are prepared for the encoder."""
         return PreprocessSpec(size=self.recipe.image_size, fit=self.recipe.fit)
 
     # --- speech -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from export.bundle import write_file
 
 
 class MetricsLog:
-    """Appends lines; a resume drops those after its checkpoint."""
+    """Appends lines and shows them to observers; a resume drops those after its checkpoint."""
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
+    def __init__(self, path: Path, resumed_at: int, observers: Sequence[Callable[..., None]] = ()) -> None:
         self._path = path
+        self._observers = observers
         kept = []
         for line in path.read_text().splitlines() if path.is_file() else ():
             try:
@@ -29,3 +31,5 @@ class MetricsLog:
         """Append one line."""
         with self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
+        for observe in self._observers:
+            observe(**values)

@@ -16,6 +16,7 @@ from torch import Tensor
 from export.bundle import RefusalError
 from training.encoder import Teacher
 from training.knn import pixel_features
+from training.snapshots import patch_similarity
 from training.statistics import (
     CLUSTERS,
     NEIGHBOURS,
@@ -33,8 +34,8 @@ from training.statistics import (
 __all__ = ["SAMPLE", "Health", "Monitor", "effective_rank", "mean_cosine", "read_history"]
 
 SAMPLE = 2000
-RAW, GREY, UNTRAINED = "raw pixels", "grey pixels", "untrained network"
-BASELINES = (RAW, GREY, UNTRAINED)
+RAW, GREY, UNTRAINED, INITIAL = "raw pixels", "grey pixels", "untrained network", "initial network"
+BASELINES = (RAW, GREY, UNTRAINED, INITIAL)  # a run has three of them: what it started from is one of the last two
 _STATISTICS = ("mean_cosine", "std", "effective_rank", "neighbour_cosine", "neighbour_excess", "line_share")
 
 
@@ -113,14 +114,16 @@ class Monitor:
     """Embeds a fixed sample and measures it.
 
     `pictures` uint8 [M, size, size, 3], preprocessed as at inference; `labels` int64 [M] in 0…classes − 1, or None;
-    `normalise` uint8 [B, size, size, 3] → float32 [B, 3, size, size]. Raises `RefusalError` for fewer than 3 pictures.
+    `normalise` uint8 [B, size, size, 3] → float32 [B, 3, size, size]; `trained`: the network starts from --init weights,
+    and is called initial instead of untrained. Raises `RefusalError` for fewer than 3 pictures.
 
     Call `start` once at step 0, or `load` after a resume; then `measure` as often as wanted.
     """
 
     def __init__(
-        self, pictures: Tensor, labels: Tensor | None, normalise: Callable[[Tensor], Tensor], device: torch.device
-    ) -> None:
+        self, pictures: Tensor, labels: Tensor | None, normalise: Callable[[Tensor], Tensor], device: torch.device,
+        trained: bool = False,
+    ) -> None:  # fmt: skip
         if len(pictures) < 3:
             raise RefusalError(
                 f"{len(pictures)} of the sampled pictures can be read, the monitors need at least 3: restore the folder"
@@ -129,9 +132,12 @@ class Monitor:
         self.labels = labels
         self._normalise = normalise
         self._device = device
+        self._start = INITIAL if trained else UNTRAINED
         self._neighbours: dict[str, Tensor] = {}
         self._right: dict[str, Tensor] = {}
         self._initial: EmbeddingStatistics | None = None
+        self.latest: Tensor | None = None
+        """Features [M, C] of the latest measurement, for the neighbour sheets."""
 
     def features(self, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """[CLS] features [M, C] and head outputs [M, d], float32 on the CPU."""
@@ -143,6 +149,10 @@ class Monitor:
                 heads.append(teacher.head(cls).float().cpu())
         return torch.cat(features), torch.cat(heads)
 
+    def maps(self, teacher: Teacher, rows: Tensor) -> Tensor:
+        """Patch similarities [len(rows), 2, h, w] of the sample's pictures `rows` (`training.snapshots`)."""
+        return patch_similarity(teacher.vit, self._normalise(self.pictures[rows].to(self._device)))
+
     # --- baselines ----------------------------------------------------------------------------------------------
 
     def start(self, features: Tensor) -> None:
@@ -151,7 +161,7 @@ class Monitor:
         sources = {
             RAW: pixel_features(self.pictures, grey=False),
             GREY: pixel_features(self.pictures, grey=True),
-            UNTRAINED: features,
+            self._start: features,
         }
         self._initial = embedding_statistics(features)
         for name, x in sources.items():
@@ -172,8 +182,8 @@ class Monitor:
                     for name, value in self.baselines().items()]  # fmt: skip
         chance = NEIGHBOURS / (len(self.pictures) - 1)
         return [
-            f"baseline: {100 * overlap(self._neighbours[UNTRAINED], self._neighbours[name]):4.1f} % of the untrained "
-            f"network's {NEIGHBOURS} nearest neighbours are those of {name} (chance {100 * chance:.1f} %; no labels)"
+            f"baseline: {100 * overlap(self._neighbours[self._start], self._neighbours[name]):4.1f} % of the "
+            f"{self._start}'s {NEIGHBOURS} nearest neighbours are those of {name} (chance {100 * chance:.1f} %; no labels)"
             for name in (RAW, GREY)
         ]
 
@@ -189,6 +199,10 @@ class Monitor:
     def load(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`. Raises `RefusalError` when it belongs to another sample."""
         rows = {len(value) for name, value in state.items() if name != "initial"}
+        if f"neighbours/{self._start}" not in state:
+            raise RefusalError(
+                f"the stored baselines do not hold the {self._start}: repeat the run's --init flag, or choose another --out"
+            )
         labelled = any(name.startswith("right/") for name in state)
         if "initial" not in state or rows != {len(self.pictures)} or labelled != (self.labels is not None):
             found = ", ".join(str(n) for n in sorted(rows)) or "no"
@@ -200,8 +214,8 @@ class Monitor:
         values = state["initial"].tolist()
         shares = tuple(values[len(_STATISTICS) :])
         self._initial = EmbeddingStatistics(**dict(zip(_STATISTICS, values, strict=False)), cluster_share=shares)
-        self._neighbours = {name: state[f"neighbours/{name}"] for name in BASELINES}
-        self._right = {name: state[f"right/{name}"].bool() for name in BASELINES if labelled}
+        self._neighbours = {name: state[f"neighbours/{name}"] for name in (RAW, GREY, self._start)}
+        self._right = {name: state[f"right/{name}"].bool() for name in self._neighbours if labelled}
 
     # --- measuring ----------------------------------------------------------------------------------------------
 
@@ -209,6 +223,7 @@ class Monitor:
         """Health of the teacher. `diagnostics` gets the head's outputs [M, d] float32 on the CPU. The first measurement
         without `start` or `load` before it takes this teacher as the network at step 0."""
         features, heads = self.features(teacher)
+        self.latest = features
         return self.judge(features, heads, diagnostics(heads), step)
 
     def judge(self, features: Tensor, heads: Tensor, diagnostics: dict[str, float], step: int = 0) -> Health:

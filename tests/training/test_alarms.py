@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.alarms import run
 from tests.shapes import SHAPES, draw_shape
 from training.alarms import Alarm, alarms
 from training.knn import pixel_features
@@ -181,3 +183,19 @@ def test_shortcut_without_labels_goes_by_neighbours(blind: Monitor, pixels: Tens
     same = blind.judge(normal(48, 9) + 1 + 0.01 * normal(48, 10), normal(32, 1), {})
     assert kinds(alarms([same, same], 0.5)) == ["shortcut"]
     assert alarms([copied, copied], 0.2) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["healthy", "shortcut", "collapse", "unlabelled"])
+def test_runs_that_fail_are_told_from_a_run_that_works(name: str, tmp_path: Path) -> None:
+    """Real trainings, about 40 CPU seconds each."""
+    (tmp_path / "pictures").mkdir()
+    history, found = run(tmp_path, name, steps=150, seed=0, threads=1)
+    said = {alarm["kind"] for alarm in found}
+    last = history[-1]
+    if name == "healthy":
+        assert said == set() and min(points for points, _ in last.lead.values()) > 10
+    elif name == "collapse":
+        assert said & {"point", "line", "clusters", "dimensional-collapse"} and last.heads.mean_cosine > 0.95
+    else:
+        assert said == {"shortcut"} and bool(last.lead) == (name == "shortcut")

@@ -106,7 +106,7 @@ def test_baselines_are_measured_once_and_survive_a_resume() -> None:
     watch = monitor()
     untrained = normal(64, 8)
     watch.start(untrained)
-    assert set(watch.baselines()) == set(BASELINES)
+    assert tuple(watch.baselines()) == BASELINES[:3]
     assert [line for line in watch.lines() if "to beat: kNN" in line] == watch.lines() and len(watch.lines()) == 3
     again = monitor()
     again.load(watch.state())

@@ -1,0 +1,127 @@
+"""What watches a run: measurements, alarms, snapshots, logs, report and verdict. The first process alone has one."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from export.bundle import RefusalError, write_file
+from export.preprocess import UnreadablePictureError, preprocess
+from training.alarms import alarms
+from training.cache import Picture
+from training.encoder import build_vit
+from training.metrics_log import MetricsLog
+from training.monitor import SAMPLE, UNTRAINED, Monitor, read_history
+from training.snapshots import MAPS, Snapshots
+from training.tensorboard import TensorBoardWriter
+from training.verdict import judge
+
+if TYPE_CHECKING:
+    from training.loop import Trainer
+
+
+class Observer:
+    """Measures a trainer's teacher on a fixed sample of its pictures, and writes down what it sees.
+
+    `start` is the step that the run begins or continues with. Raises `RefusalError` when no picture can be read.
+    """
+
+    def __init__(self, trainer: Trainer, start: int, resumed: bool) -> None:
+        self.trainer, self.run, self.console = trainer, trainer.run, trainer.console
+        self._pictures = self._sample()
+        self.monitor = self._monitor(resumed)
+        board = [TensorBoardWriter(self.run, start).write] if trainer.asked.tensorboard else []
+        self.log = MetricsLog(self.run / "metrics.jsonl", start, board)
+        self.snapshots = Snapshots(self.run, self.monitor.pictures, self.monitor.labels, start)
+        self.history = read_history(self.run / "metrics.jsonl", start)
+        self._alarmed: set[str] = set()
+
+    def measure(self, step: int) -> None:
+        """Measure, log, print, and alarm."""
+        learner = self.trainer.learner
+        moment = learner.moment(step)
+        health = self.monitor.measure(learner.teacher, lambda heads: learner.method.diagnostics(heads, moment), step)
+        self.history.append(health)
+        self.log.write(**health.line())
+        assert self.monitor.latest is not None
+        maps = self.monitor.maps(learner.teacher, self.snapshots.queries[:MAPS])
+        self.snapshots.write(step, self.monitor.latest, maps)
+        knn = "" if math.isnan(health.knn) else f"   kNN {health.knn:.1f} %"
+        self.console.print(
+            f"step {step:>6,}   mean cosine {health.features.mean_cosine:.3f} (head {health.heads.mean_cosine:.3f})   "
+            f"effective rank {health.features.effective_rank:.1f}   H(mean vote) "
+            f"{health.diagnostics['mean_vote_entropy']:.2f} of {health.diagnostics['max_entropy']:.2f}{knn}"
+        )
+        found = alarms(self.history, step / max(1, self.trainer.recipe.steps))
+        for alarm in found:
+            # A sentence is said once; while it holds, its name is enough.
+            said = f"{alarm.kind}, still" if alarm.kind in self._alarmed else str(alarm)
+            self.console.print(f"ALARM {said}", style="bold red")
+            self.log.write(step=step, alarm=str(alarm), kind=alarm.kind)
+        self._alarmed = {alarm.kind for alarm in found}
+
+    def finish(self) -> None:
+        """Verdict and report of a run that is done."""
+        if self.trainer.recipe.init is not None:
+            self._judge()
+        from training.report import write_report  # matplotlib: not at start-up
+
+        self.console.print(f"report: {write_report(self.run)}")
+
+    def _judge(self) -> None:
+        """Runs that started from trained weights end with a verdict."""
+        self.console.print("comparing the adapted encoder with the initial one")
+        trainer, r = self.trainer, self.trainer.recipe
+        initial = build_vit(r.model, r.model_kwargs, r.image_size)
+        initial.load_state_dict(load_file(self.run / "initial.safetensors"))
+        initial.to(trainer.device, trainer.learner.speed.dtype)
+        verdict = judge(
+            initial, trainer.learner.teacher.vit, self._pictures, trainer.preprocess_spec(), trainer.views.normalise,
+            trainer.device, self.history[-1].lead.get(UNTRAINED), r.seed,
+        )  # fmt: skip
+        write_file(self.run / "verdict.json", verdict.model_dump_json(indent=2))
+        self.console.print(f"verdict: export the {verdict.export} encoder: {verdict.sentence}")
+
+    def _sample(self) -> list[Picture]:
+        trainer = self.trainer
+        order = np.random.default_rng(trainer.recipe.seed).permutation(len(trainer.cache))[:SAMPLE]
+        return [trainer.cache.pictures[i] for i in sorted(order)]
+
+    def _monitor(self, resumed: bool) -> Monitor:
+        """The sample prepared as at inference, with folder names as labels where there are several."""
+        trainer = self.trainer
+        spec = trainer.preprocess_spec()
+        rows, names = [], []
+        for picture in self._pictures:
+            try:
+                rows.append(preprocess(picture.read(), spec).pixels)
+            except UnreadablePictureError:
+                continue  # changed since it was decoded; the sample does without it
+            names.append(picture.folder)
+        if not rows:
+            raise RefusalError(
+                f"none of the pictures in {trainer.asked.pictures} can be read any more: restore the folder"
+            )
+        classes = sorted(set(names))
+        labels: Tensor | None = None
+        if 1 < len(classes) <= len(names) // 2 and "" not in classes:
+            labels = torch.tensor([classes.index(name) for name in names])
+        monitor = Monitor(
+            torch.from_numpy(np.stack(rows)), labels, trainer.views.normalise, trainer.device,
+            trainer.recipe.init is not None,
+        )  # fmt: skip
+        stored = self.run / "monitor.safetensors"
+        if stored.is_file() and resumed:
+            monitor.load(load_file(stored))
+        else:
+            monitor.start(monitor.features(trainer.learner.teacher)[0])
+            write_file(stored, save_safetensors(monitor.state()))
+        for line in monitor.lines():
+            self.console.print(line)
+        return monitor
