@@ -56,13 +56,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def measure(name: str, seed: int, common: dict[str, Any], out: Path, held_out: Path) -> dict[str, Any] | None:
     """Train and evaluate one setting; None when interrupted."""
+    train_folder = common["pictures"]
     asked = Train(out=out, seed=seed, resume=True, **{**common, **SETTINGS.get(name, {**NANO, "steps": 0})})
     start = time.process_time()
     if train(asked):
         return None
     minutes = (time.process_time() - start) / 60
-    classes = sorted({p.folder for folder in (asked.pictures, held_out) for p in find_pictures(folder)})
-    (bank, bank_labels), (queries, labels) = (pictures(f, out, classes) for f in (asked.pictures, held_out))
+    classes = sorted({p.folder for folder in (train_folder, held_out) for p in find_pictures(folder)})
+    (bank, bank_labels), (queries, labels) = (pictures(f, out, classes) for f in (train_folder, held_out))
     if name == "raw pixels":
         rows = [pixel_features(x, grey=False) for x in (bank, queries)]
     elif name == "grey, normalised pixels":

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import distributed as dist
 
-from export.bundle import RefusalError, list_pictures, make_folder, printable, write_unreadable
+from export.bundle import RefusalError, make_folder, printable, write_unreadable
 from export.runtime import cpu_quota
 from training.cache import PictureCache, build_cache
 from training.checkpoint import NAME as CHECKPOINT
@@ -21,6 +21,7 @@ from training.plan import print_plan
 from training.presets import choose_views
 from training.progress import bar
 from training.resolve import resolve
+from training.sources import list_sources
 
 # What a run folder may hold before its first checkpoint.
 _BEFORE = {"cache", "unreadable.tsv"}
@@ -47,14 +48,14 @@ def train(asked: Train) -> int:
 
 
 def _pictures(asked: Train, hardware: Hardware, console: Console) -> PictureCache:
-    unreadable: list[tuple[str, str]] = []
-    found = list_pictures(asked.pictures, unreadable)
     if not asked.plan:
         _check_folder(asked)
+    sources = list_sources(asked.pictures, asked.out / "cache")
+    found, unreadable = sources.items, list(sources.unreadable)
     make_folder(asked.out)
     # The number of readable pictures decides the sizes that do not depend on the cache's; decode first.
     draft, _ = resolve(asked, max(len(found), 1), hardware)
-    name = os.fsencode(asked.pictures.resolve()).decode("utf-8", "replace")
+    name = os.fsencode(sources.name).decode("utf-8", "replace")
     with bar(console, "decoding", len(found)) as advance:
         cache = build_cache(asked.out / "cache", found, name, draft.cache_size, hardware.threads, advance)
     for notice in cache.notices:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import CliPositionalArg
 
 
@@ -18,8 +18,9 @@ class Train(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    pictures: CliPositionalArg[Path]
-    """Folder of pictures; subfolders are searched."""
+    pictures: CliPositionalArg[list[str]]
+    """Where the pictures are: folders (subfolders are searched), globs, lists (.csv, .tsv, .jsonl, .parquet), tar
+    shards (WebDataset, shard-{0000..0099}.tar), or URLs of these (s3://, gs://, https://)."""
     out: Path
     """The run folder to write."""
     resume: bool = False
@@ -132,6 +133,11 @@ class Train(BaseModel):
     """Print what would run and how long, how much memory and disk it takes, then stop."""
     tensorboard: bool = False
     """Also write the metrics to `run/tensorboard/`."""
+
+    @field_validator("pictures", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [str(value)] if isinstance(value, (str, Path)) else value
 
     def cli_cmd(self) -> int:
         """Run the command."""

@@ -106,7 +106,7 @@ class Observer:
             names.append(picture.folder)
         if not rows:
             raise RefusalError(
-                f"none of the pictures in {trainer.asked.pictures} can be read any more: restore the folder"
+                f"none of the pictures in {' '.join(trainer.asked.pictures)} can be read any more: restore them"
             )
         classes = sorted(set(names))
         labels: Tensor | None = None

@@ -60,7 +60,7 @@ def resolve(
     """
     if pictures < MIN_PICTURES:
         raise RefusalError(
-            f"{asked.pictures} holds {pictures} readable pictures, at least {MIN_PICTURES} are needed to train: add "
+            f"{' '.join(asked.pictures)}: {pictures} readable pictures, at least {MIN_PICTURES} are needed to train: add "
             "pictures, or index them with a bundle that exists"
         )
     given = {"epochs": asked.epochs, "steps": asked.steps, "minutes": asked.minutes}
