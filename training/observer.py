@@ -83,7 +83,7 @@ class Observer:
         initial.to(trainer.device, trainer.learner.speed.dtype)
         verdict = judge(
             initial, trainer.learner.teacher.vit, self._pictures, trainer.preprocess_spec(), trainer.views.normalise,
-            trainer.device, self.history[-1].lead.get(UNTRAINED), r.seed,
+            trainer.device, self.history[-1].lead.get(UNTRAINED), r.seed, r.views,
         )  # fmt: skip
         write_file(self.run / "verdict.json", verdict.model_dump_json(indent=2))
         self.console.print(f"verdict: export the {verdict.export} encoder: {verdict.sentence}")

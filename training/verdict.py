@@ -18,7 +18,9 @@ from torch import Tensor
 from export.bundle import Embeddings, Verdict
 from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError
 from training.cache import Picture
+from training.evaluate.edits import EDITS
 from training.evaluate.label_free import compare, label_free_all
+from training.presets import ViewPreset
 
 PICTURES = 1000
 QUERIES = 200
@@ -28,9 +30,10 @@ SIGNIFICANT = 1.96  # standard errors
 def judge(
     initial: VisionTransformer, adapted: VisionTransformer, pictures: Sequence[Picture], spec: PreprocessSpec,
     normalise: Callable[[Tensor], Tensor], device: torch.device, labelled: tuple[float, float] | None, seed: int,
+    views: ViewPreset,
 ) -> Verdict:  # fmt: skip
     """Compare two encoders on up to 1,000 of `pictures`. `labelled`: how far the adapted encoder's kNN is ahead of the
-    initial one's, in points, with its standard error; None without labels."""
+    initial one's, in points, with its standard error; None without labels. `views`: the preset that training used."""
     data = []
     for picture in pictures[:PICTURES]:
         try:
@@ -41,7 +44,9 @@ def judge(
         "initial": _embedder(initial, normalise, device),
         "adapted": _embedder(adapted, normalise, device),
     }
-    scores = label_free_all(embeds, data, spec, seed, QUERIES)
+    # An edit that training made, too, would measure what was trained for.
+    edits = {name: edit for name, edit in EDITS.items() if views != "greyscale" or name != "gamma"}
+    scores = label_free_all(embeds, data, spec, seed, QUERIES, edits)
     difference = compare(scores["initial"], scores["adapted"])
     found = {
         "label_free_initial": scores["initial"].recall_at_1.mean,
