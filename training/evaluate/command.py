@@ -56,7 +56,8 @@ def evaluate(asked: Evaluate) -> int:
     _unreadable(evaluation, asked, console)
     for note in evaluation.notes:
         console.print(printable(note))
-    print_tables(Console(highlight=False, markup=False), results)
+    # A file or a pipe has no width of its own.
+    print_tables(Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120), results)
     stored = {
         "format_version": RESULTS_FORMAT,
         "encoders": {e.extractor.name: e.about | {"digest": e.extractor.digest} for e in encoders},

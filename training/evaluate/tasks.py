@@ -73,6 +73,7 @@ class Evaluation:
         self.gallery = None if asked.gallery is None else read_set("gallery", asked.gallery, self.unreadable)
         self._labels = Labels(asked.labels)
         self._roles = None if self.gallery or self.bank or asked.pairs else copies.roles(self.data.pictures)
+        self._ranked: Labelled | None = None  # of the last task with labels, for the plots
         self._features: dict[tuple[str, bool], Features] = {}
         spec = encoders[0].extractor.spec
         fresh = encoders[0].untrained
@@ -89,13 +90,20 @@ class Evaluation:
     def choose(self) -> list[Task]:
         """The tasks asked for, or those that the data offer. Raises `RefusalError` for one that lacks its data."""
         offered: dict[Task, str | None] = dict.fromkeys(get_args(Task))
-        labelled = any(self._labels.of(self.data)) and not (self._roles and self.asked.labels is None)
-        if not labelled:
+        labels = [label for label in self._labels.of(self.data) if label is not None]
+        # Folders that say what a copy was made by are no classes.
+        if self.asked.tasks is None and self.asked.labels is None:
+            labels = [] if self._roles or self.asked.pairs or self.asked.ground_truth else labels
+        alone = self.bank is None and self.gallery is None
+        if not labels:
             for task in ("knn", "linear", "retrieval"):
                 offered[task] = (
                     f"{self.asked.data} has no labels: sort its pictures into a folder per class, or pass --labels FILE"
                 )
-        elif self.bank is None and self.gallery is None:
+        elif alone and len(set(labels)) == len(labels):
+            for task in ("knn", "linear", "retrieval"):
+                offered[task] = f"every picture in {self.asked.data} has a label of its own: pass --gallery FOLDER"
+        elif alone:
             offered["linear"] = "the linear probe needs training pictures: pass --bank FOLDER with the same labels"
         if self._roles is None and (self.asked.pairs is None or self.gallery is None):
             by_name = self.gallery is not None and "copies" in (self.asked.tasks or ())
@@ -186,8 +194,7 @@ class Evaluation:
     # --- tasks --------------------------------------------------------------------------------------------------
 
     def _knn(self) -> dict[str, Any]:
-        bank = self.bank or self.gallery
-        it = self._labelled(bank, "bank")
+        it = self._ranked = self._labelled(self.bank or self.gallery, "bank")
         how = "leave-one-out" if it.own is not None else f"bank {it.gallery.folder}"
         self._singletons(it)
         results = {
@@ -229,7 +236,7 @@ class Evaluation:
         }  # fmt: skip
 
     def _retrieval(self) -> dict[str, Any]:
-        it = self._labelled(self.gallery or self.bank, "gallery")
+        it = self._ranked = self._labelled(self.gallery or self.bank, "gallery")
         results, counted = {}, 0
         for name in self._names():
             try:
@@ -348,11 +355,13 @@ class Evaluation:
 
     def _plain(self) -> tuple[PictureSet, dict[str, Embeddings]]:
         """Readable pictures without edited copies among them, and their features."""
-        features = self._of(self.data)
+        apart = self.gallery is not None and (self.asked.pairs or "copies" in (self.asked.tasks or ()))
+        source = self.gallery if apart and self.gallery else self.data
+        features = self._of(source)
         part = np.arange(len(features.kept))
         if self._roles is not None:
             part = np.flatnonzero(np.isin(features.kept, self._roles.gallery))
-        pictures = self.data.only(features.kept[part].tolist())
+        pictures = source.only(features.kept[part].tolist())
         return pictures, {name: rows[part] for name, rows in features.rows.items()}
 
     def _revisited(self) -> dict[str, Any]:
@@ -411,9 +420,8 @@ class Evaluation:
     def neighbor_sheets(self) -> list[Sheet]:
         """Random queries with their nearest pictures, per encoder; right and wrong where there are labels."""
         count, width = SHEET
-        labelled = any(self._labels.of(self.data)) and self._roles is None
-        if labelled:
-            it = self._labelled(self.gallery or self.bank, "gallery")
+        it = self._ranked
+        if it is not None:
             queries, gallery, own = it.queries, it.gallery, it.own
             q_rows, g_rows = it.query_rows, it.gallery_rows
         else:
@@ -425,7 +433,7 @@ class Evaluation:
             name, spec = encoder.extractor.name, encoder.extractor.spec
             found = top_k(q_rows[name][chosen], g_rows[name], width, None if own is None else own[chosen]).rows
             right = None
-            if labelled:
+            if it is not None:
                 right = (it.gallery_labels[found] == it.query_labels[chosen, None]).tolist()
             sheets.append(
                 Sheet(
