@@ -24,6 +24,7 @@ from training.evaluate import plots
 from training.evaluate.config import Evaluate, Task
 from training.evaluate.encoders import open_source, renamed
 from training.evaluate.report import print_tables
+from training.evaluate.sheets import neighbor_sheets
 from training.evaluate.tasks import Evaluation
 
 RESULTS_FORMAT = 1
@@ -77,7 +78,7 @@ def _draw(evaluation: Evaluation, results: dict[str, Any], tasks: list[Task], as
     drawn = [plots.bars(results, asked.out / "scores.png")]
     if "copies" in tasks:
         drawn.append(plots.precision_recall(evaluation.curves, asked.out / "precision_recall.png"))
-    for number, sheet in enumerate(evaluation.neighbor_sheets()):
+    for number, sheet in enumerate(neighbor_sheets(evaluation)):
         name = "neighbors.png" if number == 0 else "neighbors_against.png"
         drawn.append(plots.neighbors(sheet, asked.out / name))
     return drawn

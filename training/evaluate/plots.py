@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from training.evaluate.metrics import Curve
 from training.evaluate.report import TITLES
-
-if TYPE_CHECKING:
-    from training.evaluate.tasks import Sheet
+from training.evaluate.sheets import Sheet
 
 _GREEN, _RED, _GREY = "#1a9850", "#d73027", "#bbbbbb"
 # Task → the figure that stands for it.
