@@ -75,7 +75,7 @@ def evaluate(asked: Evaluate) -> int:
 
 
 def _draw(evaluation: Evaluation, results: dict[str, Any], tasks: list[Task], asked: Evaluate) -> list[str]:
-    drawn = [plots.bars(results, asked.out / "scores.png")]
+    drawn = [plots.bars(results, [e.extractor.name for e in evaluation.encoders], asked.out / "scores.png")]
     if "copies" in tasks:
         drawn.append(plots.precision_recall(evaluation.curves, asked.out / "precision_recall.png"))
     for number, sheet in enumerate(neighbor_sheets(evaluation)):

@@ -13,19 +13,20 @@ from training.evaluate.report import TITLES
 from training.evaluate.sheets import Sheet
 
 _GREEN, _RED, _GREY = "#1a9850", "#d73027", "#bbbbbb"
+_ENCODERS = ("#2166ac", "#e08214")  # source, against
 # Task → the figure that stands for it.
 _HEADLINES = {
     "knn": ("top1", "kNN top-1"),
     "linear": ("top1", "linear top-1"),
     "retrieval": ("recall_at_1", "retrieval R@1"),
-    "copies": ("micro_ap_best", "copies µAP"),
+    "copies": ("micro_ap_best", "copies µAP best"),
     "label-free": ("recall_at_1", "label-free R@1"),
     "revisited": ("medium_map", "revisited M mAP"),
     "agreement": ("agreement", "shared neighbours"),
 }
 
 
-def bars(results: dict[str, Any], path: Path) -> str:
+def bars(results: dict[str, Any], encoders: list[str], path: Path) -> str:
     """A bar chart per task: encoders beside baselines. Returns the file's name."""
     figure = Figure(figsize=(0.6 + 3.2 * len(results), 3.6), layout="constrained")
     axes = figure.subplots(1, len(results), squeeze=False)
@@ -33,7 +34,7 @@ def bars(results: dict[str, Any], path: Path) -> str:
         key, title = _HEADLINES.get(task, ("", TITLES[task]))
         values = {name: 100 * row[key] for name, row in found["results"].items() if key in row}
         names = list(values)
-        colors = ["#2166ac" if i == 0 else _GREY for i in range(len(names))]
+        colors = [_ENCODERS[encoders.index(n)] if n in encoders else _GREY for n in names]
         drawn = axis.barh(names, [values[n] for n in names], color=colors)
         axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
         axis.invert_yaxis()
