@@ -24,6 +24,7 @@ from training.evaluate import plots
 from training.evaluate.config import Evaluate, Task
 from training.evaluate.encoders import open_source, renamed
 from training.evaluate.report import print_tables
+from training.evaluate.sheets import neighbor_sheets
 from training.evaluate.tasks import Evaluation
 
 RESULTS_FORMAT = 1
@@ -56,7 +57,8 @@ def evaluate(asked: Evaluate) -> int:
     _unreadable(evaluation, asked, console)
     for note in evaluation.notes:
         console.print(printable(note))
-    print_tables(Console(highlight=False, markup=False), results)
+    # A file or a pipe has no width of its own.
+    print_tables(Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120), results)
     stored = {
         "format_version": RESULTS_FORMAT,
         "encoders": {e.extractor.name: e.about | {"digest": e.extractor.digest} for e in encoders},
@@ -73,10 +75,10 @@ def evaluate(asked: Evaluate) -> int:
 
 
 def _draw(evaluation: Evaluation, results: dict[str, Any], tasks: list[Task], asked: Evaluate) -> list[str]:
-    drawn = [plots.bars(results, asked.out / "scores.png")]
+    drawn = [plots.bars(results, [e.extractor.name for e in evaluation.encoders], asked.out / "scores.png")]
     if "copies" in tasks:
         drawn.append(plots.precision_recall(evaluation.curves, asked.out / "precision_recall.png"))
-    for number, sheet in enumerate(evaluation.neighbor_sheets()):
+    for number, sheet in enumerate(neighbor_sheets(evaluation)):
         name = "neighbors.png" if number == 0 else "neighbors_against.png"
         drawn.append(plots.neighbors(sheet, asked.out / name))
     return drawn

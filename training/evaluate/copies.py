@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -104,14 +105,21 @@ def _kind(word: str) -> str:
 
 
 def from_pairs(queries: list[PictureFile], gallery: list[PictureFile], pairs: dict[str, list[str]]) -> CopyTask:
-    """`--pairs`: keys or file names of queries → of their originals. Rows of `gallery` follow those of `queries`.
+    """`--pairs`: queries → their originals, each by its key, or by its file name where no other picture has that name.
 
-    A query that the list lacks is a negative. Raises `RefusalError` when an original is not in the gallery.
+    Rows of `gallery` follow those of `queries`. A query that the list lacks is a negative. Raises `RefusalError` when an
+    original is not in the gallery, and for a list that names no query.
     """
-    place = {name: i for i, p in enumerate(gallery) for name in (p.path.name, p.key)}
+    place, known = _by_name(gallery), _by_name(queries)
+    named_queries = {known[name]: originals for name, originals in pairs.items() if name in known}
+    if not named_queries:
+        raise RefusalError(
+            f"--pairs names none of the {len(queries)} queries, but for example {next(iter(pairs))}: expected paths "
+            f"relative to the folder of the queries, such as {queries[0].key}"
+        )
     originals = []
-    for picture in queries:
-        named = pairs.get(picture.key, pairs.get(picture.path.name, []))
+    for number, picture in enumerate(queries):
+        named = named_queries.get(number, [])
         lost = [name for name in named if name not in place]
         if lost:
             raise RefusalError(
@@ -120,6 +128,13 @@ def from_pairs(queries: list[PictureFile], gallery: list[PictureFile], pairs: di
             )
         originals.append([place[name] for name in named])
     return _task(queries, gallery, originals)
+
+
+def _by_name(pictures: list[PictureFile]) -> dict[str, int]:
+    """Place of each picture by its key, and by its file name where that is unique."""
+    counts = Counter(p.path.name for p in pictures)
+    names = {p.path.name: i for i, p in enumerate(pictures) if counts[p.path.name] == 1}
+    return names | {p.key: i for i, p in enumerate(pictures)}
 
 
 def by_stem(queries: list[PictureFile], gallery: list[PictureFile]) -> CopyTask:

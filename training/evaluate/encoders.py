@@ -57,7 +57,7 @@ class Network:
 
     def normalise(self, pixels: Pixels) -> Tensor:
         """uint8 [M, H, W, 3] → float32 [M, 3, H, W] on the device."""
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device).permute(0, 3, 1, 2)
+        x = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(self._device).permute(0, 3, 1, 2)
         return (x.float() / 255.0 - self._mean) / self._std
 
     @torch.no_grad()

@@ -108,7 +108,7 @@ def _make(
             for i in range(low, min(low + batch, len(part))):
                 try:
                     data = part[i].read()
-                    image = np.asarray(whole_picture(data, spec.size)) if whole else preprocess(data, spec).pixels
+                    image = np.array(whole_picture(data, spec.size)) if whole else preprocess(data, spec).pixels
                     pixels.append(image)
                     readable.append(i)
                 except UnreadablePictureError as e:
@@ -150,7 +150,7 @@ def _load(cache: Path | None, extractor: Extractor, part: list[PictureFile]) -> 
     if not path.is_file():
         return None
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:  # closed even where it is damaged
             if (str(stored["made_by"]), str(stored["pictures"])) != identity:
                 return None
             return stored["kept"], stored["rows"]

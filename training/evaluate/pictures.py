@@ -60,7 +60,7 @@ class Labels:
         by_path = {row["path"]: row["label"] for row in self._table}
         found = []
         for picture in pictures.pictures:
-            name = next((n for n in (picture.key, str(picture.path), picture.path.name) if n in by_path), None)
+            name = next((n for n in (picture.key, str(picture.path)) if n in by_path), None)
             found.append(by_path[name] if name is not None else None)
         if not any(found):
             raise RefusalError(

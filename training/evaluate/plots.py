@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 
+from export.bundle import printable
+from export.preprocess import Pixels
 from training.evaluate.metrics import Curve
 from training.evaluate.report import TITLES
-
-if TYPE_CHECKING:
-    from training.evaluate.tasks import Sheet
+from training.evaluate.sheets import Sheet
 
 _GREEN, _RED, _GREY = "#1a9850", "#d73027", "#bbbbbb"
+_CELL, _GAP, _TITLE = 104, 8, 22  # of a neighbour sheet, in pixels
+_ENCODERS = ("#2166ac", "#e08214")  # source, against
 # Task → the figure that stands for it.
 _HEADLINES = {
     "knn": ("top1", "kNN top-1"),
     "linear": ("top1", "linear top-1"),
     "retrieval": ("recall_at_1", "retrieval R@1"),
-    "copies": ("micro_ap_best", "copies µAP"),
+    "copies": ("micro_ap_best", "copies µAP best"),
     "label-free": ("recall_at_1", "label-free R@1"),
     "revisited": ("medium_map", "revisited M mAP"),
     "agreement": ("agreement", "shared neighbours"),
 }
 
 
-def bars(results: dict[str, Any], path: Path) -> str:
+def bars(results: dict[str, Any], encoders: list[str], path: Path) -> str:
     """A bar chart per task: encoders beside baselines. Returns the file's name."""
     figure = Figure(figsize=(0.6 + 3.2 * len(results), 3.6), layout="constrained")
     axes = figure.subplots(1, len(results), squeeze=False)
@@ -35,7 +37,7 @@ def bars(results: dict[str, Any], path: Path) -> str:
         key, title = _HEADLINES.get(task, ("", TITLES[task]))
         values = {name: 100 * row[key] for name, row in found["results"].items() if key in row}
         names = list(values)
-        colors = ["#2166ac" if i == 0 else _GREY for i in range(len(names))]
+        colors = [_ENCODERS[encoders.index(n)] if n in encoders else _GREY for n in names]
         drawn = axis.barh(names, [values[n] for n in names], color=colors)
         axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
         axis.invert_yaxis()
@@ -61,27 +63,26 @@ def precision_recall(curves: dict[str, Curve], path: Path) -> str:
 
 def neighbors(sheet: Sheet, path: Path) -> str:
     """Queries at the left, their nearest pictures beside them; frames say right or wrong. Returns the file's name."""
-    rows, columns = len(sheet.queries), 1 + max(len(row) for row in sheet.neighbors)
-    figure = Figure(figsize=(0.9 * columns, 0.9 * rows + 0.4))
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.ravel():
-        axis.set_axis_off()
+    columns = 1 + max(len(row) for row in sheet.neighbors)
+    canvas = Image.new("RGB", (columns * _CELL + _GAP, len(sheet.queries) * _CELL + _TITLE), "white")
+    # Pillow's own font has no more than Latin letters.
+    title = printable(sheet.title).encode("latin-1", "replace").decode("latin-1")
+    ImageDraw.Draw(canvas).text((_GAP, 4), f"{title}: picture, then its nearest", fill="black")
     for r, (query, found) in enumerate(zip(sheet.queries, sheet.neighbors, strict=True)):
-        axes[r, 0].imshow(query)
+        top = _TITLE + r * _CELL
+        _put(canvas, query, 0, top, None)
         for c, pixels in enumerate(found):
             color = None if sheet.right is None else (_GREEN if sheet.right[r][c] else _RED)
-            axes[r, c + 1].imshow(pixels if color is None else _framed(pixels, color))
-    figure.suptitle(f"{sheet.title}: query, then its nearest pictures", fontsize=8)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.93, 0.04, 0.04)
-    return _save(figure, path)
+            _put(canvas, pixels, _GAP + (c + 1) * _CELL, top, color)
+    canvas.save(path)
+    return path.name
 
 
-def _framed(pixels: Any, color: str) -> Any:
-    width = max(1, len(pixels) // 16)
-    rgb = np.asarray([int(color[i : i + 2], 16) for i in (1, 3, 5)], np.uint8)
-    framed = np.tile(rgb, (len(pixels) + 2 * width, pixels.shape[1] + 2 * width, 1))
-    framed[width:-width, width:-width] = pixels
-    return framed
+def _put(canvas: Image.Image, pixels: Pixels, left: int, top: int, frame: str | None) -> None:
+    if frame is not None:
+        ImageDraw.Draw(canvas).rectangle((left + 1, top + 1, left + _CELL - 2, top + _CELL - 2), fill=frame)
+    inside = _CELL - 10
+    canvas.paste(Image.fromarray(pixels).resize((inside, inside), Image.Resampling.BICUBIC), (left + 5, top + 5))
 
 
 def _save(figure: Figure, path: Path) -> str:

@@ -66,7 +66,7 @@ def _print_parts(console: Console, results: dict[str, Any], key: str) -> None:
     table = Table(show_edge=False)
     table.add_column("R@1 % of")
     for name in having:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=False, max_width=14)
     for part in next(iter(having.values())):
         table.add_row(part, *(f"{100 * values[part]:.1f}" for values in having.values()))
     console.print(table)

@@ -3,101 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from export.bundle import Embeddings, RefusalError, sha256_json
-from export.preprocess import Pixels, preprocess
+from export.bundle import RefusalError
 from training.evaluate import copies
-from training.evaluate.config import Evaluate, Task
-from training.evaluate.descriptors import BASELINES
+from training.evaluate.config import Task
 from training.evaluate.edits import EDITS
-from training.evaluate.encoders import Encoder, multi_scale
-from training.evaluate.features import Extractor, Features, extract
+from training.evaluate.encoders import multi_scale
+from training.evaluate.inputs import Inputs, Labelled, Numbers
 from training.evaluate.label_free import LabelFree, compare, label_free_all, neighbor_agreement
 from training.evaluate.linear import linear_probe
-from training.evaluate.metrics import Curve
-from training.evaluate.pictures import Labels, LazyPictures, PictureSet, digest, enumerate_classes, read_pairs, read_set
-from training.evaluate.ranking import top_k
+from training.evaluate.pictures import LazyPictures, PictureSet, read_pairs
 from training.evaluate.retrieval import knn_top1, retrieve
 from training.evaluate.revisited import find_named, read_ground_truth, revisited
 from training.knn import K
 
-Numbers = npt.NDArray[np.int64]
 LINEAR_BASELINES = ("raw pixels", "grey, normalised pixels")
 LABEL_FREE_BASELINES = ("HSV colour histogram", "perceptual hash")
-SHEET = (8, 6)  # queries, neighbours
+_LABELLED: tuple[Task, ...] = ("knn", "linear", "retrieval")
 
 
-class Labelled(NamedTuple):
-    """Queries and a gallery with labels, ready to be ranked."""
-
-    queries: PictureSet
-    query_rows: dict[str, Embeddings]
-    query_labels: Numbers
-    gallery: PictureSet
-    gallery_rows: dict[str, Embeddings]
-    gallery_labels: Numbers
-    own: Numbers | None
-    """Each query's row in the gallery where the two are one set (leave-one-out)."""
-    classes: list[str]
-
-
-class Sheet(NamedTuple):
-    """Pictures for a plot: queries with their nearest neighbours."""
-
-    title: str
-    queries: list[Pixels]
-    neighbors: list[list[Pixels]]
-    right: list[list[bool]] | None
-    """Whether each neighbour has the query's label; None without labels."""
-
-
-class Evaluation:
-    """One evaluation's inputs, and what it found so far.
-
-    Attributes: `notes`, sentences for the reader; `unreadable`, files that were skipped; `curves`, of copy detection.
-    """
-
-    def __init__(
-        self, asked: Evaluate, encoders: list[Encoder], bar: Callable[[str, int], Callable[[int], None]]
-    ) -> None:
-        self.asked, self.encoders, self._bar = asked, encoders, bar
-        self.notes: list[str] = []
-        self.unreadable: list[tuple[str, str]] = []
-        self.curves: dict[str, Curve] = {}
-        self.data = read_set("data", asked.data, self.unreadable)
-        self.bank = None if asked.bank is None else read_set("bank", asked.bank, self.unreadable)
-        self.gallery = None if asked.gallery is None else read_set("gallery", asked.gallery, self.unreadable)
-        self._labels = Labels(asked.labels)
-        self._roles = None if self.gallery or self.bank or asked.pairs else copies.roles(self.data.pictures)
-        self._features: dict[tuple[str, bool], Features] = {}
-        spec = encoders[0].extractor.spec
-        fresh = encoders[0].untrained
-        self._baselines = [Extractor(name, sha256_json(["baseline", name]), spec, f) for name, f in BASELINES.items()]
-        self._extractors = [*(e.extractor for e in encoders), *([fresh()] if fresh else []), *self._baselines]
-        if fresh is None:
-            self.notes.append(
-                f"{encoders[0].extractor.name} is a bundle: no untrained network of its architecture is measured beside it "
-                "(evaluate the run for that)"
-            )
+class Evaluation(Inputs):
+    """The tasks, on their inputs."""
 
     # --- what there is to do ------------------------------------------------------------------------------------
 
     def choose(self) -> list[Task]:
         """The tasks asked for, or those that the data offer. Raises `RefusalError` for one that lacks its data."""
         offered: dict[Task, str | None] = dict.fromkeys(get_args(Task))
-        labelled = any(self._labels.of(self.data)) and not (self._roles and self.asked.labels is None)
-        if not labelled:
-            for task in ("knn", "linear", "retrieval"):
+        labels = [label for label in self.labels.of(self.data) if label is not None]
+        # Folders that say what a copy was made by are no classes.
+        if self.asked.tasks is None and self.asked.labels is None:
+            labels = [] if self.roles or self.asked.pairs or self.asked.ground_truth else labels
+        alone = self.bank is None and self.gallery is None
+        if not labels:
+            for task in _LABELLED:
                 offered[task] = (
                     f"{self.asked.data} has no labels: sort its pictures into a folder per class, or pass --labels FILE"
                 )
-        elif self.bank is None and self.gallery is None:
+        elif alone and len(set(labels)) == len(labels):
+            for task in _LABELLED:
+                offered[task] = f"every picture in {self.asked.data} has a label of its own: pass --gallery FOLDER"
+        elif alone:
             offered["linear"] = "the linear probe needs training pictures: pass --bank FOLDER with the same labels"
-        if self._roles is None and (self.asked.pairs is None or self.gallery is None):
+        if self.roles is None and (self.asked.pairs is None or self.gallery is None):
             by_name = self.gallery is not None and "copies" in (self.asked.tasks or ())
             if not by_name:
                 offered["copies"] = (
@@ -121,84 +72,21 @@ class Evaluation:
         }  # fmt: skip
         return measures[task]()
 
-    def about_data(self) -> dict[str, Any]:
-        """Folders, counts and digests for results.json."""
-        sets = [s for s in (self.data, self.bank, self.gallery) if s is not None]
-        return {
-            s.name: {"folder": str(s.folder), "pictures": len(s.pictures), "sha256": digest(s.pictures)} for s in sets
-        }
-
-    # --- features -----------------------------------------------------------------------------------------------
-
-    def _of(self, pictures: PictureSet, extractors: list[Extractor] | None = None, whole: bool = False) -> Features:
-        key = f"{pictures.name}/{digest(pictures.pictures)}", whole
-        if key not in self._features:
-            advance = self._bar(f"features of {pictures.name}", len(pictures.pictures))
-            self._features[key] = extract(
-                pictures, extractors or self._extractors, self.asked.out / "features", self.unreadable,
-                self.asked.batch_size, advance,
-            )  # fmt: skip
-        return self._features[key]
-
-    def _labelled(self, search: PictureSet | None, role: str) -> Labelled:
-        """The labelled, readable pictures; leave-one-out where there is no second set."""
-        queries, q_rows, q_names = self._with_labels(self.data)
-        if search is None:
-            classes = enumerate_classes(q_names)
-            y = classes.numbers[0]
-            return Labelled(queries, q_rows, y, queries, q_rows, y, np.arange(len(y)), classes.names)
-        gallery, g_rows, g_names = self._with_labels(search)
-        classes = enumerate_classes(q_names, g_names)
-        y, gallery_y = classes.numbers
-        strange = ~np.isin(y, gallery_y)
-        if strange.all():
-            raise RefusalError(
-                f"no label of {self.asked.data} (such as {q_names[0]}) occurs in the {role} {search.folder} (such as "
-                f"{g_names[0]}): both need the same class names"
-            )
-        if strange.any():
-            self._note(
-                f"{int(strange.sum())} of {len(y)} queries have a label that the {role} lacks, for example "
-                f"{q_names[int(np.argmax(strange))]}: wrong in kNN and linear probe, left out of retrieval"
-            )
-        return Labelled(queries, q_rows, y, gallery, g_rows, gallery_y, None, classes.names)
-
-    def _with_labels(self, pictures: PictureSet) -> tuple[PictureSet, dict[str, Embeddings], list[str | None]]:
-        features = self._of(pictures)
-        names = self._labels.of(pictures)
-        has = [i for i, row in enumerate(features.kept) if names[row] is not None]
-        if not has:
-            raise RefusalError(f"no readable picture in {pictures.folder} has a label from {self._labels.source}")
-        if len(has) < len(features.kept):
-            self._note(f"{len(features.kept) - len(has)} pictures of {pictures.folder} have no label and are left out")
-        rows = features.kept[has]
-        part = pictures.only(rows.tolist())
-        return part, {name: values[has] for name, values in features.rows.items()}, [names[row] for row in rows]
-
-    def _note(self, sentence: str) -> None:
-        if sentence not in self.notes:
-            self.notes.append(sentence)
-
-    def _names(self, baselines: tuple[str, ...] = tuple(BASELINES)) -> list[str]:
-        """Encoders, the untrained network, and some of the baselines."""
-        return [e.name for e in self._extractors if e.name not in BASELINES or e.name in baselines]
-
     # --- tasks --------------------------------------------------------------------------------------------------
 
     def _knn(self) -> dict[str, Any]:
-        bank = self.bank or self.gallery
-        it = self._labelled(bank, "bank")
+        it = self.ranked = self.labelled(self.bank or self.gallery, "bank")
         how = "leave-one-out" if it.own is not None else f"bank {it.gallery.folder}"
         self._singletons(it)
         results = {
             name: {
                 "top1": knn_top1(it.query_rows[name], it.query_labels, it.gallery_rows[name], it.gallery_labels, it.own)
             }
-            for name in self._names()
+            for name in self.names()
         }
         return {
             "protocol": f"[CLS], unit length, weighted vote exp(cos / 0.07) of k = {K}, {how}, labels from "
-            f"{self._labels.source}",
+            f"{self.labels.source}",
             "leave_one_out": it.own is not None, "k": K, "queries": len(it.query_labels),
             "bank": len(it.gallery_labels), "classes": len(it.classes), "results": results,
         }  # fmt: skip
@@ -207,12 +95,12 @@ class Evaluation:
         if it.own is not None:
             alone = int((np.bincount(it.query_labels)[it.query_labels] == 1).sum())
             if alone:
-                self._note(f"{alone} pictures are alone in their class: leave-one-out kNN cannot get them right")
+                self.note(f"{alone} pictures are alone in their class: leave-one-out kNN cannot get them right")
 
     def _linear(self) -> dict[str, Any]:
-        it = self._labelled(self.bank or self.gallery, "bank")
-        names = self._names(LINEAR_BASELINES)
-        advance = self._bar("linear probe", len(names))
+        it = self.labelled(self.bank or self.gallery, "bank")
+        names = self.names(LINEAR_BASELINES)
+        advance = self.bar("linear probe", len(names))
         results = {}
         for name in names:
             probe = linear_probe(
@@ -229,9 +117,9 @@ class Evaluation:
         }  # fmt: skip
 
     def _retrieval(self) -> dict[str, Any]:
-        it = self._labelled(self.gallery or self.bank, "gallery")
+        it = self.ranked = self.labelled(self.gallery or self.bank, "gallery")
         results, counted = {}, 0
-        for name in self._names():
+        for name in self.names():
             try:
                 found = retrieve(it.query_rows[name], it.query_labels, it.gallery_rows[name], it.gallery_labels, it.own)
             except ValueError:
@@ -244,7 +132,7 @@ class Evaluation:
             results[name] = {**recall, "map": found.mean_average_precision}
         left_out = len(it.query_labels) - counted
         if left_out:
-            self._note(f"{left_out} queries have no relevant picture in the gallery and are left out of retrieval")
+            self.note(f"{left_out} queries have no relevant picture in the gallery and are left out of retrieval")
         how = "leave-one-out" if it.own is not None else f"gallery {it.gallery.folder}"
         return {
             "protocol": f"cosine ranking of the whole gallery, relevant = same label, ties by gallery order, {how}",
@@ -253,18 +141,18 @@ class Evaluation:
         }  # fmt: skip
 
     def _copies(self) -> dict[str, Any]:
-        if self._roles is not None:
-            everything, task = self.data, self._roles
+        if self.roles is not None:
+            everything, task = self.data, self.roles
         else:
             assert self.gallery is not None
             pictures = self.data.pictures, self.gallery.pictures
             pairs = self.asked.pairs
             task = copies.by_stem(*pictures) if pairs is None else copies.from_pairs(*pictures, read_pairs(pairs))
             everything = PictureSet("queries and gallery", self.data.folder, [*pictures[0], *pictures[1]])
-        features = self._of(everything)
+        features = self.features_of(everything)
         task, q, g = self._readable(task, features.kept)
         results, found = {}, None
-        for name in self._names():
+        for name in self.names():
             found = copies.detect(features.rows[name][q], features.rows[name][g], task)
             self.curves[name] = found.curve
             results[name] = {
@@ -290,7 +178,7 @@ class Evaluation:
         # A query whose original cannot be read is no negative: it is left out.
         whole = [i for i in queries if all(o in moved for o in task.originals[i])]
         if len(whole) < len(queries):
-            self._note(f"{len(queries) - len(whole)} queries are left out: their original cannot be read")
+            self.note(f"{len(queries) - len(whole)} queries are left out: their original cannot be read")
         if not any(task.originals[i] for i in whole):
             raise RefusalError(
                 f"no query in {self.asked.data} has a readable original in the gallery: check the file names, or pass "
@@ -303,13 +191,13 @@ class Evaluation:
         return smaller, [place[row] for row in smaller.queries], [place[row] for row in smaller.gallery]
 
     def _label_free(self) -> dict[str, Any]:
-        pictures, galleries = self._plain()
-        names = self._names(LABEL_FREE_BASELINES)
+        pictures, galleries = self.plain()
+        names = self.names(LABEL_FREE_BASELINES)
         scores: dict[str, LabelFree] = {}
-        for spec in dict.fromkeys(e.spec for e in self._extractors):
-            mine = {e.name: e for e in self._extractors if e.spec == spec and e.name in names}
+        for spec in dict.fromkeys(e.spec for e in self.extractors):
+            mine = {e.name: e for e in self.extractors if e.spec == spec and e.name in names}
             if mine:
-                advance = self._bar("edited pictures", min(self.asked.label_free_queries, len(pictures.pictures)))
+                advance = self.bar("edited pictures", min(self.asked.label_free_queries, len(pictures.pictures)))
                 scores |= label_free_all(
                     {name: e.embed for name, e in mine.items()}, LazyPictures(pictures.pictures), spec, self.asked.seed,
                     self.asked.label_free_queries, EDITS, {name: galleries[name] for name in mine}, advance,
@@ -340,20 +228,11 @@ class Evaluation:
                 "verdict": difference.verdict,
             }
             low, high = difference.mean_reciprocal_rank.low, difference.mean_reciprocal_rank.high
-            self._note(
+            self.note(
                 f"label-free: {names[0]} against {names[1]}: {difference.verdict} (mean reciprocal rank "
                 f"{difference.mean_reciprocal_rank.mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f})"
             )
         return stored
-
-    def _plain(self) -> tuple[PictureSet, dict[str, Embeddings]]:
-        """Readable pictures without edited copies among them, and their features."""
-        features = self._of(self.data)
-        part = np.arange(len(features.kept))
-        if self._roles is not None:
-            part = np.flatnonzero(np.isin(features.kept, self._roles.gallery))
-        pictures = self.data.only(features.kept[part].tolist())
-        return pictures, {name: rows[part] for name, rows in features.rows.items()}
 
     def _revisited(self) -> dict[str, Any]:
         assert self.asked.ground_truth is not None
@@ -363,9 +242,9 @@ class Evaluation:
         queries = PictureSet(
             "qimlist", self.data.folder, find_named(truth.qimlist, self.data.pictures, self.data.folder)
         )
-        extractors = [*(multi_scale(e) for e in self.encoders), *self._baselines]
+        extractors = [*(multi_scale(e) for e in self.encoders), *self.baselines]
         results: dict[str, Any] = {}
-        sets = [self._of(pictures, extractors, whole=True) for pictures in (queries, gallery)]
+        sets = [self.features_of(pictures, extractors, whole=True) for pictures in (queries, gallery)]
         for pictures, features in zip((queries, gallery), sets, strict=True):
             if len(features.kept) < len(pictures.pictures):
                 raise RefusalError(
@@ -391,48 +270,17 @@ class Evaluation:
 
     def agreement(self) -> dict[str, Any]:
         """Shared neighbours of the two encoders, and of each with every baseline."""
-        _, rows = self._plain()
+        _, rows = self.plain()
         first, second = (e.extractor.name for e in self.encoders)
         k = min(10, len(rows[first]) - 1)
         if k < 1:
             raise RefusalError(f"{self.asked.data} holds one readable picture: neighbours need two")
         results = {
             f"{first} and {name}": {"agreement": neighbor_agreement(rows[first], rows[name], k)}
-            for name in [second, *(n for n in self._names() if n not in (first, second))]
+            for name in [second, *(n for n in self.names() if n not in (first, second))]
         }
         return {
             "protocol": f"share of each picture's {k} nearest others that both have, by chance "
             f"{k / (len(rows[first]) - 1):.4f}",
             "pictures": len(rows[first]), "results": results,
         }  # fmt: skip
-
-    # --- pictures for the plots ---------------------------------------------------------------------------------
-
-    def neighbor_sheets(self) -> list[Sheet]:
-        """Random queries with their nearest pictures, per encoder; right and wrong where there are labels."""
-        count, width = SHEET
-        labelled = any(self._labels.of(self.data)) and self._roles is None
-        if labelled:
-            it = self._labelled(self.gallery or self.bank, "gallery")
-            queries, gallery, own = it.queries, it.gallery, it.own
-            q_rows, g_rows = it.query_rows, it.gallery_rows
-        else:
-            queries, q_rows = self._plain()
-            gallery, g_rows, own = queries, q_rows, np.arange(len(queries.pictures))
-        chosen = np.sort(np.random.default_rng(self.asked.seed).permutation(len(queries.pictures))[:count])
-        sheets = []
-        for encoder in self.encoders:
-            name, spec = encoder.extractor.name, encoder.extractor.spec
-            found = top_k(q_rows[name][chosen], g_rows[name], width, None if own is None else own[chosen]).rows
-            right = None
-            if labelled:
-                right = (it.gallery_labels[found] == it.query_labels[chosen, None]).tolist()
-            sheets.append(
-                Sheet(
-                    name,
-                    [preprocess(queries.pictures[i].read(), spec).pixels for i in chosen],
-                    [[preprocess(gallery.pictures[j].read(), spec).pixels for j in row] for row in found],
-                    right,
-                )
-            )
-        return sheets
