@@ -26,13 +26,7 @@ from training.loop import train
 from training.monitor import Health, read_history
 
 PICTURES = 1600
-COMMON: dict[str, Any] = {
-    "encoder": "vit_nano",
-    "image_size": 32,
-    "patch_size": 8,
-    "views": "products",
-    "device": "cpu",
-}
+COMMON: dict[str, Any] = {"encoder": "vit_nano", "image_size": 32, "patch_size": 8, "device": "cpu"}
 UNSTABLE: dict[str, Any] = {
     "preset": "paper", "mim_weight": 0.0, "koleo_weight": 0.0, "lr": 1e-3, "momentum": 0.99, "local_crops": 2,
     "head_dim": 128, "support": 4, "views": "orientation-free",

@@ -139,7 +139,7 @@ def _shortcut(now: Health, progress: float) -> list[Alarm]:
     views = "choose --views that change what pictures share by accident (see docs/training.md), or train longer"
     if now.lead:
         beaten = [
-            f"{name} ({now.knn - points:.1f} %, difference {points:+.1f} ± {error:.1f})"
+            f"{_named(name)} ({now.knn - points:.1f} %, difference {points:+.1f} ± {error:.1f})"
             for name, (points, error) in now.lead.items()
             if name != INITIAL and points <= error
         ]
@@ -148,7 +148,7 @@ def _shortcut(now: Health, progress: float) -> list[Alarm]:
             return [Alarm("shortcut", text, views)]
         return []
     same = [
-        f"{100 * share:.0f} % those of {name}"
+        f"{100 * share:.0f} % those of {_named(name)}"
         for name, share in now.overlap.items()
         if share > SAME_NEIGHBOURS.get(name, 1.0) and (name != UNTRAINED or progress >= UNTRAINED_AFTER)
     ]
@@ -158,6 +158,10 @@ def _shortcut(now: Health, progress: float) -> list[Alarm]:
         )
         return [Alarm("shortcut", f"{text}, so that training adds little", views)]
     return []
+
+
+def _named(baseline: str) -> str:
+    return f"the {baseline}" if baseline == UNTRAINED else baseline
 
 
 def _recovering(now: float, before: float) -> bool:

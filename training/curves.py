@@ -86,7 +86,7 @@ def panels(metrics: Metrics) -> list[Panel]:
     shared = [health(name, lambda h, n=name: 100 * h.overlap.get(n, math.nan)) for name in BASELINES]  # type: ignore[misc]
     found = [
         Panel("Loss", "A loss near ln P is no alarm by itself.", [logged(k) for k in terms]),
-        Panel("kNN accuracy, %", "Leave one out, k = 20, folder names as labels. It must leave the baselines behind.", knn),
+        Panel("kNN accuracy, %", "Leave one out, by folder. It must leave the baselines behind.", knn),
         Panel("Neighbours shared with the baselines, %", "Of the 10 nearest. Lines that stay high: the encoder adds little.",
               [*shared, health("chance", lambda h: 100 * h.chance, True)]),
         Panel("Mean cosine between different pictures", "1 is collapse to a point. An early rise is healthy.",

@@ -151,7 +151,7 @@ class Monitor:
 
     def maps(self, teacher: Teacher, rows: Tensor) -> Tensor:
         """Patch similarities [len(rows), 2, h, w] of the sample's pictures `rows` (`training.snapshots`)."""
-        return patch_similarity(teacher.vit, self._normalise(self.pictures[rows].to(self._device)))
+        return patch_similarity(teacher, self._normalise(self.pictures[rows].to(self._device)))
 
     # --- baselines ----------------------------------------------------------------------------------------------
 

@@ -60,13 +60,13 @@ figure { margin: 0; } figcaption { font-weight: 600; } figcaption small { displa
 .charts img { width: 100%; }
 .sheet { display: grid; grid-template-columns: repeat(2, 1fr); gap: 10px 36px; }
 .row { display: flex; gap: 5px; } .row .query { margin-right: 12px; }
-.thumb { width: 60px; text-align: center; font-size: 11px; color: #5b6270; }
-.thumb i { display: block; width: 60px; height: 60px; border: 3px solid transparent; border-radius: 6px;
+.thumb { width: 57px; text-align: center; font-size: 11px; color: #5b6270; }
+.thumb i { display: block; width: 57px; height: 57px; border: 3px solid transparent; border-radius: 6px;
   background-size: cover; background-origin: border-box; }
 .query i { border-color: #1d2129; } .same i { border-color: #2e9e44; } .other i { border-color: #e05252; }
 .maps { display: flex; flex-wrap: wrap; gap: 14px 22px; }
 .maps figure { text-align: center; font-size: 12px; color: #5b6270; }
-.maps img { width: 104px; height: 104px; border-radius: 6px; margin: 0 1px; }
+.maps img { width: 147px; height: 147px; border-radius: 6px; margin: 0 1px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; } td, th { text-align: left; vertical-align: top;
   padding: 5px 14px 5px 0; border-bottom: 1px solid #eceef1; } th { color: #5b6270; font-weight: 500; }
 td:nth-child(n+2) { font-variant-numeric: tabular-nums; }
@@ -267,7 +267,7 @@ def _jpeg(picture: Tensor) -> str:
     return _uri(Image.fromarray(picture.numpy()), "JPEG", quality=85)
 
 
-def _overlay(picture: Tensor, similarity: Tensor, side: int = 112) -> str:
+def _overlay(picture: Tensor, similarity: Tensor, side: int = 160) -> str:
     """The picture in grey under a map [h, w], from dark blue (its lowest) to yellow (its highest)."""
     low, high = similarity.min(), similarity.max()
     scaled = (similarity - low) / (high - low).clamp_min(1e-6)

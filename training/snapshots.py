@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from export.bundle import RefusalError, make_folder, write_file
-from training.encoder import split_tokens, tokens
+from training.encoder import Teacher, split_tokens, tokens
 from training.statistics import nearest
 
 FOLDER = "report"
@@ -88,9 +87,10 @@ class Snapshots:
         write_file(self._folder / "pictures.safetensors", save_safetensors(stored))
 
 
-def patch_similarity(vit: VisionTransformer, images: Tensor) -> Tensor:
+def patch_similarity(teacher: Teacher, images: Tensor) -> Tensor:
     """Cosines of the patch tokens with [CLS] and with the central patch token: normalised images [n, 3, H, W] →
     [n, 2, h, w] float32 on the CPU. Not attention weights, which fused attention does not expose."""
+    vit = teacher.vit
     with torch.no_grad():
         cls, patches = split_tokens(vit, tokens(vit, images))
     cls, patches = F.normalize(cls.float(), dim=1), F.normalize(patches.float(), dim=2)

@@ -17,7 +17,8 @@ from export.bundle import RefusalError
 from likewise import main
 from tests.conftest import TINY
 from training.curves import panels, read_metrics
-from training.encoder import build_vit, split_tokens, tokens
+from training.encoder import Teacher, build_vit, split_tokens, tokens
+from training.head import Head
 from training.report import write_report
 from training.snapshots import Snapshots, patch_similarity, read_snapshots
 from training.statistics import nearest
@@ -139,7 +140,7 @@ def test_patch_similarity_is_the_cosine_of_tokens() -> None:
     torch.manual_seed(0)
     vit = build_vit("vit_tiny_patch16_224", {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 8}, 32).eval()
     images = torch.randn(2, 3, 32, 48)
-    found = patch_similarity(vit, images)
+    found = patch_similarity(Teacher(vit, Head(64, 16, 8)), images)
     assert found.shape == (2, 2, 4, 6)
     with torch.no_grad():
         cls, patches = split_tokens(vit, tokens(vit, images))
