@@ -147,7 +147,7 @@ def test_init_resizes_position_embeddings(run: Path, pictures: Path, tmp_path: P
 
 def test_refusals(run: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     out = tmp_path / "out"
-    assert "is not a folder" in refused("train", tmp_path / "nope", "--out", out)
+    assert "does not exist" in refused("train", tmp_path / "nope", "--out", out)
     (tmp_path / "empty").mkdir()
     assert "holds no pictures" in refused("train", tmp_path / "empty", "--out", out)
     few = write_shapes(tmp_path / "few", 9)
