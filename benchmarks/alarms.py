@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.record import cpu_name, finish
 from tests.palettes import write_palettes
 from tests.textures import write_textures
+from training.command import train
 from training.config import Train
-from training.loop import train
 from training.monitor import Health, read_history
 
 PICTURES = 1600

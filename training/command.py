@@ -39,7 +39,8 @@ def train(asked: Train) -> int:
         torch.set_num_threads(hardware.threads)
         with first_rank_first():
             cache = _pictures(asked, hardware, console)
-        views = choose_views(cache.gather(torch.arange(min(len(cache), 256)), torch.device("cpu")))
+        spread = torch.linspace(0, len(cache) - 1, min(len(cache), 256)).long()
+        views = choose_views(cache.gather(spread, torch.device("cpu"))) if len(cache) else ("photographs", "")
         recipe, reasons = resolve(asked, len(cache), hardware, views)
         trainer = Trainer(recipe, reasons, cache, asked, hardware, console)
         if asked.plan:

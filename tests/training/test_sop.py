@@ -16,7 +16,6 @@ from training.sop import (
     cross_entropy,
     draw_prototypes,
     image_loss,
-    koleo,
     patch_loss,
     vote,
     vote_statistics,
@@ -198,17 +197,6 @@ def test_order_of_the_anchors_does_not_matter() -> None:  # 13
     assert torch.allclose(vote(u, Prototypes(D, w), 0.1)[:, order], vote(u, shuffled, 0.1), atol=1e-6)
     a = image_loss(u, t, 5, Prototypes(D, w), 0.1, 0.04)
     assert a.item() == pytest.approx(image_loss(u, t, 5, shuffled, 0.1, 0.04).item(), rel=1e-5)
-
-
-def test_koleo_is_the_mean_log_distance_to_the_nearest_row() -> None:
-    z = rows(30, 8, dtype=torch.float64).requires_grad_()
-    distance = torch.cdist(z, z) + 9 * torch.eye(30)
-    expected = -(distance.min(1).values + 1e-8).log().mean()
-    value = koleo(z)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    value.backward()
-    moved = F.normalize(z.detach() - 0.05 * z.grad, dim=1)
-    assert koleo(moved).item() < value.item()  # descending it spreads the rows
 
 
 def test_random_anchors_keep_a_toy_from_collapsing_and_fixed_ones_do_not() -> None:  # 16

@@ -24,6 +24,13 @@ def test_koleo_is_the_mean_log_distance_to_the_nearest_other_row() -> None:
     assert float(koleo(z[:1])) == 0.0
 
 
+def test_descending_koleo_spreads_the_rows() -> None:
+    z = unit(30, 8).requires_grad_()
+    value = koleo(z)
+    (gradient,) = torch.autograd.grad(value, z)
+    assert koleo(F.normalize(z.detach() - 0.05 * gradient, dim=1)).item() < value.item()
+
+
 def test_koleo_leaves_near_duplicates_out() -> None:
     z = unit(6, 4)
     twin = F.normalize(z[:1] + 1e-6, dim=1)
@@ -33,7 +40,7 @@ def test_koleo_leaves_near_duplicates_out() -> None:
     (without,) = torch.autograd.grad(koleo(both, groups), both)
     assert with_pair.norm() > 100 * without.norm()
     assert without.isfinite().all()
-    assert float(koleo(both, torch.zeros(7, dtype=torch.long))) == 0.0  # one group: nobody has a neighbour
+    assert koleo(both, torch.zeros(7, dtype=torch.long)).item() == 0.0  # one group: nobody has a neighbour
 
 
 def test_spread_rows_score_better_than_collapsed_ones() -> None:
