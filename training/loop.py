@@ -50,7 +50,7 @@ from training.masks import block_masks
 from training.memory import RingMemory
 from training.monitor import SAMPLE, Health, Monitor, read_history
 from training.schedules import cosine, linear_warmup, warmup_cosine
-from training.snapshots import MAPS, Snapshots
+from training.snapshots import Snapshots
 from training.sop import draw_prototypes, image_loss, koleo, patch_loss, vote_statistics
 from training.tensorboard import TensorBoardWriter
 from training.views import Views
@@ -294,7 +294,7 @@ class Trainer:
         history.append(health)
         log.write(**health.line())
         assert monitor.latest is not None
-        snapshots.write(step, monitor.latest, monitor.maps(self.teacher, snapshots.queries[:MAPS]))
+        snapshots.write(step, monitor.latest, monitor.maps(self.teacher, snapshots.mapped))
         knn = "" if math.isnan(health.knn) else f"   kNN {health.knn:.1f} %"
         self.console.print(
             f"step {step:>6,}   mean cosine {health.features.mean_cosine:.3f} (head {health.heads.mean_cosine:.3f})   "
