@@ -18,7 +18,7 @@ from training.cache import Picture
 from training.encoder import build_vit
 from training.metrics_log import MetricsLog
 from training.monitor import SAMPLE, UNTRAINED, Monitor, read_history
-from training.snapshots import MAPS, Snapshots
+from training.snapshots import Snapshots
 from training.tensorboard import TensorBoardWriter
 from training.verdict import judge
 
@@ -50,7 +50,7 @@ class Observer:
         self.history.append(health)
         self.log.write(**health.line())
         assert self.monitor.latest is not None
-        maps = self.monitor.maps(learner.teacher, self.snapshots.queries[:MAPS])
+        maps = self.monitor.maps(learner.teacher, self.snapshots.mapped)
         self.snapshots.write(step, self.monitor.latest, maps)
         knn = "" if math.isnan(health.knn) else f"   kNN {health.knn:.1f} %"
         self.console.print(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from export.bundle import RefusalError, RunManifest, read_run, write_file
 from training.curves import Metrics, draw, panels, read_metrics
-from training.snapshots import NeighbourSheet, SeenPictures, read_snapshots
+from training.snapshots import MAPS, QUERIES, NeighbourSheet, SeenPictures, read_snapshots
 
 NAME = "report.html"
 
@@ -224,7 +224,7 @@ def _maps(sheets: list[NeighbourSheet], seen: SeenPictures) -> str:
     ]
     for sheet in _spread(sheets, 2):
         figures = []
-        for query, (cls, centre) in zip(seen.queries, sheet.maps, strict=False):
+        for query, (cls, centre) in zip(seen.queries[:: QUERIES // MAPS], sheet.maps, strict=True):
             picture = seen.thumbnails[query]
             images = [_jpeg(picture), _overlay(picture, cls), _overlay(picture, centre)]
             row = "".join(f'<img alt="" src="{image}">' for image in images)

@@ -34,7 +34,7 @@ class NeighbourSheet(NamedTuple):
     cosines: Tensor
     """[Q, 6]."""
     maps: Tensor
-    """[MAPS, 2, h, w] in −1…1: cosine of each patch token with [CLS], and with the central patch, of the first queries."""
+    """[MAPS, 2, h, w] in −1…1: cosine of each patch token with [CLS], and with the central patch, of every third query."""
 
 
 class SeenPictures(NamedTuple):
@@ -54,6 +54,8 @@ class Snapshots:
         self._folder = run / FOLDER
         self._pictures, self._labels = pictures, labels
         self.queries = torch.linspace(0, len(pictures) - 1, min(QUERIES, len(pictures))).long()
+        self.mapped = self.queries[:: QUERIES // MAPS]
+        """Whose patch similarities the report shows."""
         make_folder(self._folder)
         for path in self._folder.glob("step-*.safetensors"):
             if _step(path) > resumed_at:  # of steps that a kill undid
