@@ -37,20 +37,22 @@ KOLEO = {"koleo_weight": 0.1}
 # name → fields of Train that differ
 SETTINGS: dict[str, dict[str, Any]] = {
     "DINO": {**NANO, "method": "dino"},
+    "DINO + KoLeo 0.1": {**NANO, "method": "dino", **KOLEO},
     "SOP, no stabiliser": {**NANO, **SOP},
     "SOP + KoLeo 0.1": {**NANO, **KOLEO},
     "MaSSL": {**NANO, "method": "massl"},
-    "SOP + Sinkhorn": {**NANO, **SOP, "teacher_votes": "sinkhorn"},
+    "MaSSL + KoLeo 0.1": {**NANO, "method": "massl", **KOLEO},
     "SOP + KoLeo 0.1 → 0": {**NANO, **KOLEO, "koleo_final_weight": 0.0},
-    "SOP + KoLeo 0.03": {**NANO, "koleo_weight": 0.03},
+    "SOP + Sinkhorn": {**NANO, **SOP, "teacher_votes": "sinkhorn"},
     "SOP + variance 1": {**NANO, **SOP, "variance_weight": 1.0},
     "SOP + SIGReg 1": {**NANO, **SOP, "sigreg_weight": 1.0},
-    "SOP + centring": {**NANO, **SOP, "teacher_votes": "centred"},
-    "SOP + mean entropy 1": {**NANO, **SOP, "mean_entropy_weight": 1.0},
-    "MaSSL + KoLeo 0.1": {**NANO, "method": "massl", **KOLEO},
     **{f"SOP + KoLeo 0.1, k = {k}, nano": {**NANO, **KOLEO, "support": k} for k in (0, 1, 8)},
+    "SOP + mean entropy 1": {**NANO, **SOP, "mean_entropy_weight": 1.0},
+    "SOP + centring": {**NANO, **SOP, "teacher_votes": "centred"},
+    "SOP + KoLeo 0.03": {**NANO, "koleo_weight": 0.03},
     **{f"SOP + KoLeo 0.1, k = {k}, micro": {**MICRO, **KOLEO, "support": k} for k in (4, 0, 8, 1)},
     "DINO, micro": {**MICRO, "method": "dino"},
+    "DINO + KoLeo 0.1, micro": {**MICRO, "method": "dino", **KOLEO},
 }
 
 
@@ -135,7 +137,8 @@ def main() -> None:
     stabilised = [v["mean"] for n, v in table.items() if n.startswith("SOP +") and not n.endswith(("nano", "micro"))]
     goals = []
     if stabilised and "DINO" in table:
-        goals = [("best_SOP_minus_DINO_points", max(stabilised) - table["DINO"]["mean"], 0.0)]
+        baselines = [table[name]["mean"] for name in ("DINO", "DINO + KoLeo 0.1") if name in table]
+        goals = [("best_SOP_minus_best_DINO_points", max(stabilised) - max(baselines), 0.0)]
     cpu_hours = sum(line["cpu_minutes"] for line in done) / 60
     figures = {"table": table, "runs": done, "cpu_hours": cpu_hours}
     finish("stabilisers", figures, goals, seeds[0], args.quick)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from training.config import Recipe
 from training.distributed import all_mean
 from training.method import Method, Moment, Outputs, crop_targets
+from training.stabilisers import koleo
 
 
 class DINO(Method):
@@ -40,7 +41,11 @@ class DINO(Method):
         targets = crop_targets(self._targets(outputs.teacher, moment), outputs.views)
         pairs = (2 * outputs.views - 2) * outputs.pictures
         loss = -(targets * logits.log_softmax(-1)).sum() / pairs
-        return {"loss_image": loss, "loss": loss}
+        if not moment.koleo_weight:
+            return {"loss_image": loss, "loss": loss}
+        views = outputs.student[: 2 * outputs.pictures].chunk(2)  # as DINOv2, on the head's unit rows here
+        spread = torch.stack([koleo(view, outputs.groups) for view in views]).mean()
+        return {"loss_image": loss, "koleo": spread, "loss": loss + moment.koleo_weight * spread}
 
     @torch.no_grad()
     def _targets(self, teacher: Tensor, moment: Moment) -> Tensor:

@@ -174,7 +174,7 @@ def _as_published(asked: Train, values: dict[str, Any]) -> None:
     values.update(support=0, smoothing=0.0, koleo_weight=(0.0, 0.0), mim_weight=0.0)
     foreign = ["support", "smoothing", "mim_weight", "tasks"]
     if asked.method == "dino":
-        foreign += ["koleo_weight", "variance_weight", "sigreg_weight", "mean_entropy_weight", "teacher_votes"]
+        foreign += ["variance_weight", "sigreg_weight", "mean_entropy_weight", "teacher_votes"]
     for name in foreign:
         if getattr(asked, name):
             raise RefusalError(f"--{name.replace('_', '-')} is not part of --method {asked.method}: leave it out")

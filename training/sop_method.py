@@ -45,13 +45,13 @@ class SOP(Method):
             loss = loss + r.mean_entropy_weight * terms["mean_entropy_gap"]
         views = outputs.student[: 2 * outputs.pictures].chunk(2)
         if moment.koleo_weight:
-            terms["koleo"] = sum(koleo(view, outputs.groups) for view in views) / 2  # type: ignore[assignment]
+            terms["koleo"] = torch.stack([koleo(view, outputs.groups) for view in views]).mean()
             loss = loss + moment.koleo_weight * terms["koleo"]
         if r.variance_weight:
-            terms["variance"] = sum(variance_hinge(view) for view in views) / 2  # type: ignore[assignment]
+            terms["variance"] = torch.stack([variance_hinge(view) for view in views]).mean()
             loss = loss + r.variance_weight * terms["variance"]
         if r.sigreg_weight:
-            terms["sigreg"] = sum(sigreg(view, generator) for view in views) / 2  # type: ignore[assignment]
+            terms["sigreg"] = torch.stack([sigreg(view, generator) for view in views]).mean()
             loss = loss + r.sigreg_weight * terms["sigreg"]
         if outputs.mask is not None:
             patches = draw_prototypes(
