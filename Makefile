@@ -50,7 +50,9 @@ proto: $(VENV)/.ready ## Generate service/pb from proto/
 	$(BIN)/python runs/generate_proto.py
 
 bench: $(VENV)/.ready ## Every benchmark (BENCH=--quick for a trial)
-	for name in serve_search pretrain_small; do $(BIN)/python -m benchmarks.$$name --out runs/out/$$name $(BENCH) || exit 1; done
+	for name in sop_objective train_step; do $(BIN)/python -m benchmarks.$$name $(BENCH) || exit 1; done
+	for name in serve_search data_path alarms kill_training pretrain_small pretrain_tiny stabilisers; do \
+	  $(BIN)/python -m benchmarks.$$name --out runs/out/$$name $(BENCH) || exit 1; done
 
 image: ## Container image; VARIANT=cpu or cuda
 	docker build --build-arg VARIANT=$(or $(VARIANT),cpu) -t likewise:$(or $(VARIANT),cpu) .
