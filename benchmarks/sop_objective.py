@@ -214,18 +214,23 @@ def peak(part: str, name: str, args: argparse.Namespace) -> int:
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout)
 
 
-def alternate(jobs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each job; one unmeasured round, then A B C A B C …"""
+def alternate(
+    jobs: dict[str, Callable[[], object]], rounds: int, device: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each job, by the clock and of processor time; one unmeasured round, then A B C A B C …"""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    work: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):
         for name, run in jobs.items():
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+                work[name].append(time.process_time() - worked)
+    clock, processor = ({n: statistics.median(times) for n, times in x.items()} for x in (seconds, work))
+    return clock, processor
 
 
 def loss_error(inputs: Inputs, size: Size, prototypes: Prototypes) -> float:
@@ -267,33 +272,34 @@ def main() -> None:
     inputs = make_inputs(size, args.seed, args.device)
     fresh = make_inputs(size, args.seed, args.device, clusters=0)
     prototypes = prototypes_of(inputs, size, args.seed)
-    seconds = {
-        "loss": alternate({n: job("loss", n, size, inputs, prototypes) for n in LOSSES}, args.rounds, args.device),
-        "draw": alternate({n: job("draw", n, size, inputs, None) for n in DRAWS}, args.rounds, args.device),
-        "draw, random memory": alternate(
-            {n: job("draw", n, size, fresh, None) for n in DRAWS}, args.rounds, args.device
-        ),
+    jobs = {
+        "loss": {n: job("loss", n, size, inputs, prototypes) for n in LOSSES},
+        "draw": {n: job("draw", n, size, inputs, None) for n in DRAWS},
+        "draw, random memory": {n: job("draw", n, size, fresh, None) for n in DRAWS},
     }
+    measured = {part: alternate(contenders, args.rounds, args.device) for part, contenders in jobs.items()}
+    seconds, work = ({part: pair[i] for part, pair in measured.items()} for i in (0, 1))
     bytes_ = {part: {name: peak(part, name, args) for name in seconds[part]} for part in ("loss", "draw")}
     bytes_["draw, random memory"] = bytes_["draw"]
     matrix = 4 * size.N * size.P
     error = loss_error(inputs, size, prototypes)
     shares = {"clusters": agreement(inputs, size), "random": agreement(fresh, size)}
     device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-    print(
-        f"{device}, {args.threads} threads, load {load:.1f} before, torch {versions()['torch']}, seed {args.seed}, {size}"
-    )
-    print(f"{'':22}{'contender':10}{'seconds':>10}{'peak MiB':>10}{'speed':>8}")
+    loads = f"load {load:.1f} before and {os.getloadavg()[0]:.1f} after"
+    print(f"{device}, {args.threads} threads, {loads}, torch {versions()['torch']}, seed {args.seed}, {size}")
+    print(f"{'':22}{'contender':10}{'seconds':>10}{'CPU s':>10}{'peak MiB':>10}{'speed':>8}")
     for part, times in seconds.items():
         base = next(iter(times.values()))
         for name, value in times.items():
-            print(f"{part:22}{name:10}{value:10.3f}{bytes_[part][name] / 2**20:10.0f}{base / value:7.1f}×")
+            mebibytes = bytes_[part][name] / 2**20
+            print(f"{part:22}{name:10}{value:10.3f}{work[part][name]:10.3f}{mebibytes:10.0f}{base / value:7.1f}×")
     print(f"loss and gradient, float64, against the dense matrix: relative error {error:.1e}")
     print(f"same neighbours as brute force (in order; but for ties): {shares}")
     draw_speed = min(seconds[p]["brute"] / seconds[p]["ours"] for p in ("draw", "draw, random memory"))
     figures = {
-        "size": size._asdict(), "device": device, "threads": args.threads, "load_before": round(load, 2),
-        "rounds": args.rounds, "seconds": seconds, "peak_bytes": bytes_, "similarity_matrix_bytes": matrix,
+        "size": size._asdict(), "device": device, "threads": args.threads, "load": loads,
+        "rounds": args.rounds, "seconds": seconds, "processor_seconds": work, "peak_bytes": bytes_,
+        "similarity_matrix_bytes": matrix,
         "loss_relative_error_float64": error, "same_neighbours": shares,
         "command": f"python -m benchmarks.sop_objective --device {args.device} --threads {args.threads}",
     }  # fmt: skip

@@ -48,6 +48,7 @@ def nearest_rows(
     similarity: _Similarity = _SIMILARITIES[precision](bank[tiled])
     maxima = queries.new_empty(tiles * min(at_once, len(queries)))
     within = torch.arange(TILE, device=pool.device)
+    gathered = bank.new_empty(0)
     tops, indices, unsure = [], [], []
     for group in queries.split(at_once):
         margin = similarity.ask(group)
@@ -57,10 +58,14 @@ def nearest_rows(
             into = tile_maxima[low // TILE : low // TILE + len(found) // TILE]
             torch.amax(found.view(-1, TILE, len(group)), 1, out=into)
         best = tile_maxima.T.contiguous().topk(taken + 1, dim=1)
-        for part, values, tile, slack in zip(*(x.split(at_once // 16) for x in (group, *best, margin))):
+        for part, values, tile, slack in zip(*(x.split(at_once // 32) for x in (group, *best, margin))):
             candidates = tiled[(tile[:, :taken, None] * TILE + within).flatten(1)]
             candidates = torch.cat([candidates, tail.expand(len(part), -1)], 1)
-            exact = (bank[candidates] @ part[:, :, None]).squeeze(2)
+            wanted = candidates.numel() * bank.shape[1]
+            if gathered.numel() < wanted:
+                gathered = bank.new_empty(wanted)
+            rows = torch.index_select(bank, 0, candidates.flatten(), out=gathered[:wanted].view(-1, bank.shape[1]))
+            exact = (part[:, None] @ rows.view(*candidates.shape, -1).transpose(1, 2)).squeeze(1)
             top, keep = exact.topk(count, dim=1)
             tops.append(top)
             indices.append(candidates.gather(1, keep))
