@@ -12,7 +12,7 @@ from training.config import Recipe
 from training.distributed import all_mean
 from training.memory import RingMemory
 from training.method import Method, Moment, Outputs
-from training.prototypes import Prototypes, draw_prototypes
+from training.prototypes import Prototypes, draw_many, draw_prototypes
 from training.seeds import derive
 from training.sop import image_loss_given, patch_loss, vote_statistics
 from training.stabilisers import koleo, mean_entropy_gap, sigreg, sinkhorn, variance_hinge
@@ -68,13 +68,10 @@ class SOP(Method):
     def draw(self, generator: torch.Generator) -> list[Prototypes]:
         """The prototype sets of one step: T independent draws, whose losses are averaged (1.6)."""
         r = self.recipe
-        return [
-            draw_prototypes(
-                self.memory.rows, r.anchors, r.support, generator, r.smoothing,
-                halved_anchors=r.halved_anchors, support_weight=r.support_weight,
-            )
-            for _ in range(r.tasks)
-        ]  # fmt: skip
+        return draw_many(
+            self.memory.rows, r.tasks, r.anchors, r.support, generator, r.smoothing,
+            halved_anchors=r.halved_anchors, support_weight=r.support_weight,
+        )  # fmt: skip
 
     def _image_terms(
         self, student: Tensor, teacher: Tensor, views: int, prototypes: Prototypes, moment: Moment
@@ -109,16 +106,17 @@ class SOP(Method):
         r = self.recipe
         generator = torch.Generator().manual_seed(derive(r.seed, "health", 0))
         rows = self.memory.rows.cpu().float()
-        prototypes = draw_prototypes(rows, r.anchors, r.support, generator, r.smoothing)
+        prototypes = draw_prototypes(
+            rows, r.anchors, r.support, generator, r.smoothing, support_weight=r.support_weight
+        )
         heads = heads if r.teacher_votes != "centred" else F.normalize(heads - self.centre.cpu(), dim=-1)
         votes = vote_statistics(heads, prototypes, moment.teacher_temperature)
-        q = (heads @ prototypes.D.flatten(0, 1).T / moment.teacher_temperature).softmax(-1)
         found = {
             "vote_entropy": votes.entropy,
             "mean_vote_entropy": votes.entropy_of_mean,
             "max_entropy": math.log(r.anchors),
-            "voter_entropy": float(-(q * q.clamp_min(1e-12).log()).sum(-1).mean()),
-            "voter_max_entropy": math.log(q.shape[1]),
+            "voter_entropy": votes.voter_entropy,
+            "voter_max_entropy": math.log(r.anchors * (r.support + 1)),
             "leak": votes.leak,
             "support_cosine": votes.support_cosine,
             "memory_age": min(moment.step, r.memory / r.batch_size),

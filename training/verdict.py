@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from export.bundle import Embeddings, Verdict
 from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError
 from training.cache import Picture
+from training.encoder import VisionTransformer
 from training.evaluate.edits import EDITS
 from training.evaluate.label_free import compare, label_free_all
 from training.presets import ViewPreset

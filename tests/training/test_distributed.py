@@ -111,7 +111,7 @@ def work(rank: int, folder: str) -> None:
     mine = z[6 * rank : 6 * rank + 6].requires_grad_()
     found: dict[str, Any] = {}
     for name, value in coupled(mine, groups[6 * rank : 6 * rank + 6]).items():
-        (gradient,) = torch.autograd.grad(value, mine)
+        (gradient,) = torch.autograd.grad(value, mine, retain_graph=True)
         found[name] = (value.detach(), gradient)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -123,7 +123,7 @@ def test_coupled_terms_and_their_gradients_are_those_of_the_whole_batch(tmp_path
     z, groups = rows()
     z.requires_grad_()
     for name, value in coupled(z, groups).items():
-        (gradient,) = torch.autograd.grad(value, z)
+        (gradient,) = torch.autograd.grad(value, z, retain_graph=True)
         assert torch.allclose(first[name][0], value) and torch.allclose(second[name][0], value), name
         # Gradients of ranks are averaged afterwards, so that each holds twice its rows' share.
         assert torch.allclose(torch.cat([first[name][1], second[name][1]]) / 2, gradient, atol=1e-12), name

@@ -76,7 +76,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("sop-mim", "dino") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_a_stopped_run_continues_bit_identically(pictures: Path, tmp_path: Path, kind: str) -> None:
     flags = ["--steps", "6", *KINDS[kind], "--checkpoint-minutes", "0.00001", *TINY]
     assert main(["train", str(pictures), "--out", str(tmp_path / "whole"), *flags]) == 0

@@ -1,4 +1,4 @@
-"""Results as pictures: the only importer of matplotlib. Nothing is shown, everything is a PNG."""
+"""Results as pictures. Nothing is shown, everything is a PNG."""
 
 from __future__ import annotations
 
