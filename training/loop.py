@@ -138,6 +138,8 @@ class Trainer:
                     self.save(done)
                     saved = time.monotonic()
                 if stop and done < r.steps:
+                    if observer is not None:
+                        observer.finish(done=False)
                     self.console.print(
                         f"stopped and saved at step {done:,} of {r.steps:,}: the same command with --resume continues"
                     )

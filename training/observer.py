@@ -66,9 +66,9 @@ class Observer:
             self.log.write(step=step, alarm=str(alarm), kind=alarm.kind)
         self._alarmed = {alarm.kind for alarm in found}
 
-    def finish(self) -> None:
-        """Verdict and report of a run that is done."""
-        if self.trainer.recipe.init is not None:
+    def finish(self, done: bool = True) -> None:
+        """Report of a run that ends or stops, after the verdict where it is done."""
+        if done and self.trainer.recipe.init is not None:
             self._judge()
         from training.report import write_report  # matplotlib: not at start-up
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -207,6 +208,70 @@ def test_the_offending_step_is_kept(pictures: Path, tmp_path: Path, monkeypatch:
     assert same(kept["state"]["student"], seen[5]) and not same(seen[5], seen[4])
     assert len(kept["pictures"]) == len(set(kept["pictures"])) == 16
     assert checkpoint(out)["step"] == 5
+
+
+def test_out_of_memory_names_the_flags_that_help(
+    pictures: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.learner import Learner
+
+    step = Learner.step
+
+    def full(self: Learner, batch: Any, number: int) -> Any:
+        if number == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nDetails")
+        return step(self, batch, number)
+
+    monkeypatch.setattr(Learner, "step", full)
+    sentence = refused("train", pictures, "--out", tmp_path / "r", "--steps", "5", *TINY)
+    assert "2.00 GiB" in sentence and "Details" not in sentence
+    for flag in ("--accumulate 2", "--checkpoint-activations", "--local-crops", "--batch-size", "--resume"):
+        assert flag in sentence
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(
+    pictures: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import training.checkpoint
+
+    write = training.checkpoint.write_file
+    count = 0
+
+    def full(path: Path, data: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data)
+
+    flags = ["train", pictures, "--out", tmp_path / "r", "--steps", "5", "--checkpoint-minutes", "1e-7", *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(training.checkpoint, "write_file", full)
+        sentence = refused(*flags)
+    assert "No space left" in sentence and "--resume" in sentence
+    assert checkpoint(tmp_path / "r")["step"] == 1
+    assert main([str(flag) for flag in flags] + ["--resume"]) == 0 and steps_done(tmp_path / "r") == 5
+
+
+def test_a_plan_trains_nothing(pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r"
+    flags = ["train", str(pictures), "--out", str(out), "--steps", "300", *TINY]
+    assert main([*flags, "--plan"]) == 0
+    said = capfd.readouterr().err
+    assert "plan: preset small, 300 steps of 16 pictures" in said
+    assert "minutes" in said and "memory" in said and "disk" in said
+    assert not (out / CHECKPOINT).exists() and not (out / "run.json").exists()
+    assert main([*flags, "--steps", "1"]) == 0  # the folder is not spoilt for the run
+
+
+def test_pictures_come_from_several_sources(pictures: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "list.csv"
+    rows = [f"{path},{path.parent.name}" for path in sorted((pictures / "star").iterdir())]
+    listed.write_text("path,label\n" + "\n".join(rows) + "\n")
+    sources = [str(pictures / "circle"), str(pictures / "*" / "*[0-4].png"), str(listed)]
+    assert main(["train", *sources, "--out", str(tmp_path / "r"), "--steps", "1", *TINY]) == 0
+    found = len(list((pictures / "circle").iterdir())) + len(list(pictures.glob("*/*[0-4].png"))) + len(rows)
+    assert read_run(tmp_path / "r").data.pictures == found
 
 
 def test_a_resume_needs_the_same_pictures_and_precision(
