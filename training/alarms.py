@@ -89,8 +89,10 @@ def _collapse(history: list[Health]) -> list[Alarm]:
         return [Alarm(kind, text, _SPREAD)]
     rank, first = now.features.effective_rank, now.initial.effective_rank
     low = rank < LOWEST_RANK or rank < LOW_RANK * first
-    if low and _falling(history, lambda h: h.features.effective_rank):
-        text = f"dimensional collapse: the features' effective rank is {rank:.1f} ({first:.1f} at step 0) and still falling"
+    stuck = rank < LOWEST_RANK and not _recovering(rank, before.features.effective_rank)
+    if low and (stuck or _falling(history, lambda h: h.features.effective_rank)):
+        how = "not rising" if stuck else "still falling"
+        text = f"dimensional collapse: the features' effective rank is {rank:.1f} ({first:.1f} at step 0) and {how}"
         return [Alarm("dimensional-collapse", text, _SPREAD)]
     return []
 

@@ -24,7 +24,10 @@ from training.resolve import resolve
 from training.sources import list_sources
 
 # What a run folder may hold before its first checkpoint.
-_BEFORE = {"cache", "unreadable.tsv"}
+_BEFORE = {
+    "cache", "unreadable.tsv", "near-duplicates.tsv", "monitor.safetensors", "initial.safetensors", "metrics.jsonl",
+    "report", "report.html", "tensorboard",
+}  # fmt: skip
 
 
 def train(asked: Train) -> int:
@@ -77,7 +80,7 @@ def _check_folder(asked: Train) -> None:
         raise RefusalError(f"{asked.out} already holds a run: pass --resume to continue it, or choose another --out")
     if rank() > 0 or asked.resume or not asked.out.is_dir():
         return
-    if any(p.name not in _BEFORE and not p.name.startswith("near-duplicates") for p in asked.out.iterdir()):
+    if any(p.name not in _BEFORE for p in asked.out.iterdir()):
         raise RefusalError(f"{asked.out} is not empty and holds no run: choose another --out")
 
 

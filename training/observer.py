@@ -17,7 +17,7 @@ from training.alarms import alarms
 from training.cache import Picture
 from training.encoder import build_vit
 from training.metrics_log import MetricsLog
-from training.monitor import SAMPLE, UNTRAINED, Monitor, read_history
+from training.monitor import INITIAL, SAMPLE, Monitor, read_history
 from training.snapshots import Snapshots
 from training.tensorboard import TensorBoardWriter
 from training.verdict import judge
@@ -83,7 +83,7 @@ class Observer:
         initial.to(trainer.device, trainer.learner.speed.dtype)
         verdict = judge(
             initial, trainer.learner.teacher.vit, self._pictures, trainer.preprocess_spec(), trainer.views.normalise,
-            trainer.device, self.history[-1].lead.get(UNTRAINED), r.seed, r.views,
+            trainer.device, self.history[-1].lead.get(INITIAL), r.seed, r.views,
         )  # fmt: skip
         write_file(self.run / "verdict.json", verdict.model_dump_json(indent=2))
         self.console.print(f"verdict: export the {verdict.export} encoder: {verdict.sentence}")
@@ -108,10 +108,18 @@ class Observer:
             raise RefusalError(
                 f"none of the pictures in {' '.join(trainer.asked.pictures)} can be read any more: restore them"
             )
+        if 0 < names.count("") < len(names) // 2:  # a few pictures outside the class folders: the sample does without
+            rows = [row for row, name in zip(rows, names, strict=True) if name]
+            names = [name for name in names if name]
         classes = sorted(set(names))
         labels: Tensor | None = None
         if 1 < len(classes) <= len(names) // 2 and "" not in classes:
             labels = torch.tensor([classes.index(name) for name in names])
+        elif len(classes) > 1:
+            self.console.print(
+                f"folder names are not used as labels: {names.count('')} of {len(names)} sampled pictures lie in no folder, "
+                f"the others in {len(set(classes) - {''})}"
+            )
         monitor = Monitor(
             torch.from_numpy(np.stack(rows)), labels, trainer.views.normalise, trainer.device,
             trainer.recipe.init is not None,

@@ -72,7 +72,6 @@ class Snapshots:
             "cosines": near.cosine[self.queries].contiguous(),
             "maps": maps.float().contiguous(),
         }
-        write_file(self._folder / f"step-{step:08d}.safetensors", save_safetensors(sheet))
         shown = [sheet["rows"].flatten().long(), self.queries]
         shown += [load_file(path)["rows"].flatten().long() for path in self._folder.glob("step-*.safetensors")]
         seen = torch.cat(shown).unique()
@@ -86,7 +85,9 @@ class Snapshots:
         }
         if self._labels is not None:
             stored["labels"] = self._labels[seen].contiguous()
+        # The pictures first: a reader of a live or killed run finds those of every sheet.
         write_file(self._folder / "pictures.safetensors", save_safetensors(stored))
+        write_file(self._folder / f"step-{step:08d}.safetensors", save_safetensors(sheet))
 
 
 def patch_similarity(teacher: Teacher, images: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ class TensorBoardWriter:
             ) from e
         make_folder(run / "tensorboard")
         # Purging starts at the step after the checkpoint: its own measurement is written again.
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+        again = any((run / "tensorboard").iterdir())
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at + 1 if again else None)
 
     def write(self, **values: Any) -> None:
         """One line of metrics.jsonl: scalars under health/ or train/ at its `step`; alarms as text."""

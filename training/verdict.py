@@ -35,7 +35,7 @@ def judge(
     """Compare two encoders on up to 1,000 of `pictures`. `labelled`: how far the adapted encoder's kNN is ahead of the
     initial one's, in points, with its standard error; None without labels. `views`: the preset that training used."""
     data = []
-    for picture in pictures[:PICTURES]:
+    for picture in pictures[:: -(-len(pictures) // PICTURES)]:  # spread over all folders
         try:
             data.append(picture.read())
         except UnreadablePictureError:

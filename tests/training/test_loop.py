@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.bundle import read_run
+from export.bundle import Bundle, read_run, read_verdict, tensors_sha256
 from likewise import main
 from tests.conftest import TINY
 from tests.shapes import write_shapes
@@ -32,6 +32,7 @@ from training.learner import clip_each
 from training.masks import block_masks
 from training.resolve import resolve
 from training.seeds import derive
+from training.verdict import decide
 
 CPU = Hardware("cpu", "2 CPU threads", 2, False)
 
@@ -428,3 +429,50 @@ def test_trains_on_a_gpu(pictures: Path, tmp_path: Path) -> None:
     ]
     assert main(["train", str(pictures), "--out", str(tmp_path / "r"), "--steps", "5", *flags]) == 0
     assert "bfloat16" in read_run(tmp_path / "r").reasons["precision"]
+
+
+def test_a_run_from_trained_weights_ends_with_a_verdict_that_export_follows(
+    run: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "adapted"
+    flags = ["--steps", "6", "--init", str(run), "--lr", "1e-9", *TINY]
+    assert main(["train", str(pictures), "--out", str(out), *flags]) == 0
+    verdict = read_verdict(out)
+    # With a learning rate of nothing there is no difference, and the initial encoder stays.
+    assert verdict is not None and verdict.export == "initial"
+    assert "kNN with folder names as labels" in verdict.sentence and "knn_difference" in verdict.scores
+    assert verdict.sentence in (out / "report.html").read_text()
+    assert same(load_file(out / "initial.safetensors"), load_file(run / "encoder.safetensors"))
+    for weights, file in (("auto", "initial"), ("adapted", "encoder")):
+        bundle = tmp_path / weights
+        capfd.readouterr()
+        assert main(["export", str(out), "--out", str(bundle), "--weights", weights]) == 0
+        assert ("as the run's verdict says" in capfd.readouterr().err) == (weights == "auto")
+        tensors = {name: value.numpy() for name, value in load_file(out / f"{file}.safetensors").items()}
+        assert Bundle.open(bundle).manifest.weights_sha256 == tensors_sha256(tensors)
+
+
+@pytest.mark.parametrize(
+    ("label_free", "labelled", "expected"),
+    [
+        ("better", None, "adapted"),
+        ("worse", None, "initial"),
+        ("no difference", None, "initial"),
+        ("better", (3.0, 1.0), "adapted"),
+        ("worse", (3.0, 1.0), "adapted"),
+        ("better", (-3.0, 1.0), "initial"),
+        ("better", (0.5, 1.0), "adapted"),
+        ("no difference", (1.0, 1.0), "initial"),
+    ],
+)
+def test_labels_decide_where_they_show_a_difference(
+    label_free: str, labelled: tuple[float, float] | None, expected: str
+) -> None:
+    assert decide(label_free, labelled) == expected
+
+
+def test_only_runs_from_trained_weights_have_an_initial_encoder(
+    run: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    sentence = refused("export", run, "--out", tmp_path / "b", "--weights", "initial")
+    assert "did not start from trained weights" in sentence
