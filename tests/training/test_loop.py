@@ -444,7 +444,7 @@ def test_a_run_from_trained_weights_ends_with_a_verdict_that_export_follows(
     assert verdict.sentence in (out / "report.html").read_text()
     assert same(load_file(out / "initial.safetensors"), load_file(run / "encoder.safetensors"))
     for weights, file in (("auto", "initial"), ("adapted", "encoder")):
-        bundle = tmp_path / weights
+        bundle = tmp_path / f"bundle-{weights}"
         capfd.readouterr()
         assert main(["export", str(out), "--out", str(bundle), "--weights", weights]) == 0
         assert ("as the run's verdict says" in capfd.readouterr().err) == (weights == "auto")
