@@ -2,10 +2,10 @@
 
     python -m benchmarks.kill_training --out FOLDER [--kills 20] [--steps 120] [--seed 0]
 
-One run is never stopped; another, of the same seed, is killed `--kills` times at random moments (start-up, decoding,
-steps, while a checkpoint is written) and started again each time. Goals: the two end with equal bits (student, teacher,
-heads, memories, optimiser), no kill loses more than the steps since the last checkpoint, and every checkpoint found
-after a kill is whole.
+One run is never stopped; another, of the same seed, is killed `--kills` times at random moments after its next
+checkpoint (in a step, while a checkpoint is written) and started again each time. Goals: the two end with equal bits
+(student, teacher, heads, memories, optimiser), no kill loses more than the steps since the last checkpoint, and every
+checkpoint found after a kill is whole.
 """
 
 from __future__ import annotations

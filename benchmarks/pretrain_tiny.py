@@ -50,7 +50,7 @@ def run_slice(command: list[str], deadline: float) -> bool:
     except KeyboardInterrupt:
         process.wait()
         raise SystemExit(130) from None
-    if code not in (0, 130):
+    if code not in (0, 130, -signal.SIGUSR1):  # the last: before Python could listen
         raise SystemExit(code)
     return code == 0
 

@@ -65,7 +65,8 @@ def export(asked: Export) -> Bundle:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     run = read_run(asked.run)
     weights, digest = _choose_weights(asked, run, console)
-    run = run.model_copy(update={"weights_sha256": digest})
+    if digest == run.initial_sha256:  # no step of the run is in them
+        run = run.model_copy(update={"weights_sha256": digest, "method": "none (initial weights)", "steps_done": 0})
     if asked.out.exists():
         bundle = _same_bundle(asked.out, run)
         if bundle is None:
@@ -119,6 +120,11 @@ def _choose_weights(asked: Export, run: RunManifest, console: Console) -> tuple[
     """File and digest of the encoder to export."""
     adapted = asked.run / "encoder.safetensors", run.weights_sha256
     verdict = read_verdict(asked.run)
+    if asked.weights == "auto" and verdict is None and run.initial_sha256 is not None:
+        raise RefusalError(
+            f"{asked.run} started from trained weights and has no verdict yet, it stopped at step {run.steps_done:,} of "
+            f"{run.steps_total:,}: continue it with --resume, or pass --weights adapted or --weights initial"
+        )
     if asked.weights == "adapted" or (asked.weights == "auto" and (verdict is None or verdict.export == "adapted")):
         return adapted
     if run.initial_sha256 is None:

@@ -138,7 +138,7 @@ def _votes(history: list[Health]) -> list[Alarm]:
 def _shortcut(now: Health, progress: float) -> list[Alarm]:
     """Features that add nothing to pixels or to the untrained network. With labels kNN decides, otherwise overlap. What
     --init gave is no baseline here: the verdict at the end compares with it."""
-    views = "choose --views that change what pictures share by accident (see docs/training.md), or train longer"
+    views = "choose --views that change what pictures share by accident (see docs/data.md), or train longer"
     if now.lead:
         beaten = [
             f"{_named(name)} ({now.knn - points:.1f} %, difference {points:+.1f} ± {error:.1f})"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
 
 import torch
 from rich.console import Console
@@ -16,7 +19,7 @@ from training.cache import PictureCache, build_cache
 from training.checkpoint import NAME as CHECKPOINT
 from training.config import Hardware, Train
 from training.distributed import first_rank_first, rank, world_size
-from training.loop import Trainer
+from training.loop import Trainer, out_of_memory
 from training.plan import print_plan
 from training.presets import choose_views
 from training.progress import bar
@@ -35,7 +38,7 @@ def train(asked: Train) -> int:
 
     Under torchrun every process calls this; the first one decodes, logs and saves.
     """
-    with _processes(asked):
+    with _processes(asked), _interrupts():
         quiet = rank() > 0
         console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, quiet=quiet)
         hardware = _hardware(asked)
@@ -45,10 +48,12 @@ def train(asked: Train) -> int:
         spread = torch.linspace(0, len(cache) - 1, min(len(cache), 256)).long()
         views = choose_views(cache.gather(spread, torch.device("cpu"))) if len(cache) else ("photographs", "")
         recipe, reasons = resolve(asked, len(cache), hardware, views)
-        trainer = Trainer(recipe, reasons, cache, asked, hardware, console)
-        if asked.plan:
-            return print_plan(trainer)
-        return trainer.fit()
+        try:
+            trainer = Trainer(recipe, reasons, cache, asked, hardware, console)
+            return print_plan(trainer) if asked.plan else trainer.fit()
+        except (torch.OutOfMemoryError, MemoryError) as e:
+            what = out_of_memory(recipe, asked.accumulate, str(e))
+            raise RefusalError(what) from e
 
 
 def _pictures(asked: Train, hardware: Hardware, console: Console) -> PictureCache:
@@ -93,11 +98,28 @@ def _processes(asked: Train) -> Iterator[None]:
     on_gpu = asked.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    # The first process decodes and measures while the others wait in a message.
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=2))
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Until the loop listens, SIGTERM and SIGUSR1 end the command as Ctrl-C does: what was decoded is kept."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    kinds = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(kind, stop) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
 
 
 def _hardware(asked: Train) -> Hardware:
@@ -105,7 +127,7 @@ def _hardware(asked: Train) -> Hardware:
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise RefusalError("--device cuda was asked for, but torch sees no CUDA device: check nvidia-smi, or use cpu")
     if asked.device != "cpu" and torch.cuda.is_available():
-        return Hardware("cuda", torch.cuda.get_device_name(), threads, torch.cuda.is_bf16_supported())
+        return Hardware("cuda", torch.cuda.get_device_name(), threads, torch.cuda.is_bf16_supported(), world_size())
     # bfloat16 is faster on CPUs with tile instructions only; elsewhere it is emulated, 10 times slower (measured).
     fast = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-    return Hardware("cpu", f"{threads} CPU threads", threads, fast)
+    return Hardware("cpu", f"{threads} CPU threads", threads, fast, world_size())

@@ -27,6 +27,9 @@ class Train(BaseModel):
     """Continue the run in `--out` from its last checkpoint (starts it where there is none yet)."""
     init: Path | None = None
     """Start from these weights: a timm state dict (.safetensors, .pth) or another run folder."""
+    normalization: Literal["imagenet", "model"] = "imagenet"
+    """Mean and deviation of the input: ImageNet's, or those that timm names for the encoder (with --init of a timm state
+    dict; a run folder brings its own)."""
 
     # --- affects results
     preset: Literal["auto", "small", "paper"] = "auto"
@@ -253,6 +256,10 @@ class Recipe(BaseModel):
     """Stochastic depth of the student's last block."""
     init: str | None
     """Initial weights."""
+    mean: tuple[float, float, float]
+    """RGB mean that is subtracted from pixels scaled to 0…1."""
+    std: tuple[float, float, float]
+    """RGB deviation that they are divided by."""
     head_steps: int
     """Steps with a frozen backbone."""
     backbone_lr: float
@@ -271,3 +278,4 @@ class Hardware:
     name: str
     threads: int
     fast_bf16: bool
+    processes: int = 1

@@ -41,7 +41,7 @@ class DINO(Method):
         targets = crop_targets(self._targets(outputs.teacher, moment), outputs.views)
         pairs = (2 * outputs.views - 2) * outputs.pictures
         loss = -(targets * logits.log_softmax(-1)).sum() / pairs
-        if not moment.koleo_weight:
+        if not any(self.recipe.koleo_weight):
             return {"loss_image": loss, "loss": loss}
         views = outputs.student[: 2 * outputs.pictures].chunk(2)  # as DINOv2, on the head's unit rows here
         spread = torch.stack([koleo(view, outputs.groups) for view in views]).mean()
@@ -62,7 +62,7 @@ class DINO(Method):
 
     @torch.no_grad()
     def diagnostics(self, heads: Tensor, moment: Moment) -> dict[str, float]:
-        targets = self._targets(heads.to(self.centre.device), moment).double()
+        targets = self._targets(heads.to(self.centre), moment).double()
         mean = targets.mean(0)
         return {
             "vote_entropy": float(-(targets * targets.clamp_min(1e-12).log()).sum(-1).mean()),

@@ -80,14 +80,17 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """The first process runs the block alone, then the others: it prepares what they find."""
-    if world_size() > 1 and rank() > 0:
-        dist.barrier()
+    """The first process runs the block alone, then the others: it prepares what they find. Where it fails the others
+    leave quietly (SystemExit): its sentence is the one to read."""
+    if world_size() > 1 and rank() > 0 and agree(0.0)[0] > 0:
+        raise SystemExit(1)
+    failed = 1.0
     try:
         yield
+        failed = 0.0
     finally:
         if world_size() > 1 and rank() == 0:
-            dist.barrier()
+            agree(failed)
 
 
 def _device() -> torch.device:

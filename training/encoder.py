@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ def native_sizes(model: str) -> tuple[int, int, int]:
     return int(vit.patch_embed.patch_size[0]), int(vit.patch_embed.img_size[0]), int(vit.embed_dim)
 
 
+def native_normalization(model: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and deviation that timm's pretrained weights of a model expect. Raises `RefusalError` where timm names none."""
+    _known(model)
+    known = timm.get_pretrained_cfg(model)
+    if known is None:
+        raise RefusalError(f"timm names no normalization for {model}: leave --normalization at imagenet")
+    (r, g, b), (dr, dg, db) = known.mean, known.std
+    return (r, g, b), (dr, dg, db)
+
+
 def _known(model: str) -> None:
     if not timm.is_model(model):
         close = difflib.get_close_matches(model, timm.list_models("vit*"), n=3)
@@ -68,16 +79,19 @@ class Student(nn.Module):
         # Student only; overwrites the patch embedding before the position is added (spec/sop.md 1.2).
         self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim))
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, small: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, small: Tensor | None = None, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Global crops [2B, 3, H, W], mask [2B, L] bool, local crops [V_l·B, 3, h, w] → head of all crops' [CLS]
         [V·B, d], head of the masked tokens [M, d], row-major. One call for all crops: DistributedDataParallel and the
-        head see one batch."""
+        head see one batch. `index` [M] holds the masked positions in the flattened mask where the caller knows them: a GPU
+        would have to wait for their number."""
         cls, patches = split_tokens(self.vit, tokens(self.vit, images, mask, self.mask_token))
         parts = [cls]
         if small is not None:
             parts.append(split_tokens(self.vit, tokens(self.vit, small))[0])
         if mask is not None:
-            parts.append(patches[mask])
+            parts.append(_at(patches, mask, index))
         rows = self.head(torch.cat(parts))
         count = len(images) + (0 if small is None else len(small))
         return rows[:count], rows[count:]
@@ -94,7 +108,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, drawn: Tensor | None = None
+        self, images: Tensor, mask: Tensor | None = None, drawn: Tensor | None = None, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Clean images [2B, 3, H, W] → head of [CLS] [2B, d], of the tokens that `mask` [2B, L] selects [M, d], and of
         patch `drawn` [B] of each second view [B, d]. The head sees nothing else."""
@@ -104,7 +118,7 @@ class Teacher(nn.Module):
             return rows, rows[:0], rows[:0]
         second = patches[len(images) // 2 :]
         own = second[torch.arange(len(second), device=second.device), drawn]
-        masked = patches[mask]
+        masked = _at(patches, mask, index)
         rows = self.head(torch.cat([cls, masked, own]))
         return rows[: len(cls)], rows[len(cls) : len(cls) + len(masked)], rows[len(cls) + len(masked) :]
 
@@ -113,6 +127,11 @@ class Teacher(nn.Module):
         """θ_t ← m·θ_t + (1 − m)·θ_s, over the parameters that both have (not the mask token)."""
         for mine, theirs in ((self.vit, student.vit), (self.head, student.head)):
             torch._foreach_lerp_(list(mine.parameters()), list(theirs.parameters()), 1.0 - momentum)
+
+
+def _at(patches: Tensor, mask: Tensor, index: Tensor | None) -> Tensor:
+    """Masked tokens [M, C], row-major."""
+    return patches[mask] if index is None else patches.flatten(0, 1)[index]
 
 
 def tokens(
@@ -155,13 +174,24 @@ def load_initial(path: Path, vit: VisionTransformer) -> None:
         first = (str(e) or type(e).__name__).splitlines()[0]
         raise RefusalError(f"--init {path} cannot be read as weights ({first}): give .safetensors or .pth") from e
     for wrapper in ("state_dict", "model", "teacher"):
-        if isinstance(state.get(wrapper), dict):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise RefusalError(
+            f"--init {path} holds a {type(state).__name__} that is no state dict (name → tensor): save model.state_dict()"
+        )
     state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if not k.startswith(("head", "fc_norm"))}
+    # Heads, and the token that only masked training uses.
+    state = {k: v for k, v in state.items() if not k.startswith(("head", "fc_norm")) and k != "mask_token"}
     own = vit.state_dict()
-    if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    position = state.get("pos_embed")
+    if (
+        position is not None
+        and position.ndim == 3
+        and position.shape != own["pos_embed"].shape
+        and (position.shape[1] > prefix and math.isqrt(position.shape[1] - prefix) ** 2 == position.shape[1] - prefix)
+    ):
         state["pos_embed"] = resample_abs_pos_embed(
             state["pos_embed"], new_size=list(vit.patch_embed.grid_size), num_prefix_tokens=prefix
         )

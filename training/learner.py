@@ -54,19 +54,31 @@ class Crops(NamedTuple):
     """[2·b, L] bool."""
     drawn: Tensor | None
     """[b] int64, the patch of each second global crop that enters the patch memory."""
+    masked_at: Tensor | None = None
+    """[M] int64, positions of the masked tokens in the flattened mask."""
+
+
+class NotFiniteError(Exception):
+    """A step's loss or gradients are not finite; nothing was updated. `terms`: its loss terms."""
+
+    def __init__(self, terms: dict[str, Tensor]) -> None:
+        super().__init__("the loss or its gradients are not finite")
+        self.terms = {name: value.detach() for name, value in terms.items()}
 
 
 class Learner:
-    """Student, teacher, method and optimiser of a recipe."""
+    """Student, teacher, method and optimiser of a recipe. `init`: file or run folder of the weights to start from."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, speed: Speed, views: Views) -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device, speed: Speed, views: Views, init: Path | None = None
+    ) -> None:
         self.recipe, self.device, self.speed, self.views = recipe, device, speed, views
         torch.manual_seed(recipe.seed)
         vit = build_vit(recipe.model, recipe.model_kwargs, recipe.image_size, recipe.drop_path)
         if recipe.weight_init == "default":
             reset_linear_layers(vit)
-        if recipe.init:
-            load_initial(Path(recipe.init), vit)
+        if init is not None:
+            load_initial(init, vit)
         head = Head(vit.embed_dim, recipe.head_hidden, recipe.head_dim, recipe.weight_init)
         still = build_vit(recipe.model, recipe.model_kwargs, recipe.image_size)  # the teacher has no stochastic depth
         still.load_state_dict(vit.state_dict())
@@ -87,6 +99,7 @@ class Learner:
         )
         self._replica: nn.Module | None = None
         self._frozen = False
+        self._bad = torch.zeros((), device=device)
 
     # --- schedules ----------------------------------------------------------------------------------------------
 
@@ -137,19 +150,23 @@ class Learner:
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimiser step on this rank's part of a batch; returns the loss terms (on the device, detached).
 
-        Where the loss is not finite the optimiser leaves parameters and its own state as they are.
+        Where the loss or a gradient is not finite, parameters and optimiser stay as they are. On a CPU `NotFiniteError` is
+        raised at once; a GPU is not waited for, and what stays finite of teacher and memories moves on until the loop
+        looks at the losses.
         """
         now = self.moment(step)
         self._schedule(now)
         generator = torch.Generator().manual_seed(derive(self.recipe.seed, "prototypes", step))
         terms, outputs = self._backward(self._parts(batch, step), batch.groups, now, generator)
         average_gradients(list(self.method.parameters()))
-        clip_each([*self.student.parameters(), *self.method.parameters()], self.recipe.clip)
-        finite = terms["loss"].detach().isfinite()
-        all_finite = finite.to(torch.float32)
+        norms = clip_each([*self.student.parameters(), *self.method.parameters()], self.recipe.clip)
+        all_finite = (terms["loss"].detach().isfinite() & norms.isfinite().all()).to(torch.float32)
         if world_size() > 1:
             torch.distributed.all_reduce(all_finite, torch.distributed.ReduceOp.MIN)
-        self.optimizer.found_inf = 1.0 - all_finite  # type: ignore[attr-defined]  # the fused kernel skips where it is 1
+        if self.device.type == "cpu" and not bool(all_finite):
+            raise NotFiniteError(terms)
+        self._bad = torch.maximum(self._bad, 1.0 - all_finite)  # once bad, no further update
+        self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # the fused kernel skips where it is 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.teacher.follow(self.student, now.momentum)
@@ -170,11 +187,12 @@ class Learner:
 
         large = [draw(r.image_size, r.global_scale, "first"), draw(r.image_size, r.global_scale, "second")]
         small = [draw(r.local_size, r.local_scale, "local") for _ in range(r.local_crops)]
-        mask = drawn = None
+        mask = drawn = masks = None
         if r.mim_weight:
             side = r.image_size // r.patch_size
             masks = draw_masks(2 * count, side, side, r.mask_probability, r.mask_ratio, r.mask_kind, generator)
-            mask = masks.view(2, count, -1)[:, low : low + b].to(self.device)
+            masks = masks.view(2, count, -1)[:, low : low + b]  # on the CPU, where their positions are counted
+            mask = masks.to(self.device)
             drawn = torch.randint(side * side, (count,), generator=generator)[low : low + b].to(self.device)
 
         def see(draws: list[ViewDraw], side: int, start: int, end: int) -> Tensor:
@@ -187,6 +205,7 @@ class Learner:
                 see(small, r.local_size, at, min(b, at + size)) if small else None,
                 None if mask is None else mask[:, at : at + size].flatten(0, 1),
                 None if drawn is None else drawn[at : at + size],
+                None if masks is None else masks[:, at : at + size].flatten().nonzero()[:, 0].to(self.device),
             )
             for at in range(0, b, size)
         ]
@@ -218,15 +237,15 @@ class Learner:
 
     def _outputs(self, crops: Crops, groups: Tensor | None, now: Moment, part: int) -> Outputs:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.speed.bf16):
-            teacher, teacher_masked, drawn = self.teacher(crops.globals_, crops.mask, crops.drawn)
+            teacher, teacher_masked, drawn = self.teacher(crops.globals_, crops.mask, crops.drawn, crops.masked_at)
         student, masked = self._student(crops, now, part)
-        return Outputs(student, teacher, masked, teacher_masked, drawn, crops.mask, groups)
+        return Outputs(student, teacher, masked, teacher_masked, drawn, crops.mask, groups, crops.masked_at)
 
     def _student(self, crops: Crops, now: Moment, part: int) -> tuple[Tensor, Tensor]:
         assert self._replica is not None
         torch.manual_seed(derive(self.recipe.seed, f"drop path {rank()} {part}", now.step))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.speed.bf16):
-            rows: tuple[Tensor, Tensor] = self._replica(crops.globals_, crops.mask, crops.locals_)
+            rows: tuple[Tensor, Tensor] = self._replica(crops.globals_, crops.mask, crops.locals_, crops.masked_at)
         return rows
 
     # --- state --------------------------------------------------------------------------------------------------
@@ -278,14 +297,14 @@ def join(parts: list[Outputs]) -> Outputs:
         return torch.cat([x.unflatten(0, (crops, -1)) for x in tensors], 1).flatten(0, 1)
 
     masks = [p.mask for p in parts if p.mask is not None]
-    student_masked, teacher_masked = parts[0].student_masked, parts[0].teacher_masked
+    student_masked, teacher_masked, index = parts[0].student_masked, parts[0].teacher_masked, None
     if masks:
-        order = torch.argsort(_places(masks))
+        index, order = _places(parts).sort()
         student_masked = torch.cat([p.student_masked for p in parts])[order]
         teacher_masked = torch.cat([p.teacher_masked for p in parts])[order]
     return Outputs(
         by_crop([p.student for p in parts], views), by_crop([p.teacher for p in parts], 2), student_masked,
-        teacher_masked, torch.cat([p.teacher_drawn for p in parts]), by_crop(masks, 2) if masks else None, None,
+        teacher_masked, torch.cat([p.teacher_drawn for p in parts]), by_crop(masks, 2) if masks else None, None, index,
     )  # fmt: skip
 
 
@@ -298,23 +317,33 @@ def split(
     of_masked: list[Tensor | None] = [None] * len(parts)
     if student is not None:
         of_student = [rows.flatten(0, 1) for rows in student.unflatten(0, (-1, sum(sizes))).split(sizes, 1)]
-    masks = [part.mask for part in parts if part.mask is not None]
-    if masked is not None and masks:
-        of_masked = list(masked[_places(masks)].split([int(mask.sum()) for mask in masks]))
+    if masked is not None and parts[0].masked_at is not None:
+        ranks = _places(parts).argsort().argsort()  # the row of each part's token among those of the whole
+        of_masked = list(masked[ranks].split([0 if part.masked_at is None else len(part.masked_at) for part in parts]))
     return list(zip(of_student, of_masked, strict=True))
 
 
-def _places(masks: list[Tensor]) -> Tensor:
-    """For every masked token of the parts' masks [2·b, L], in their order: its row among those of the whole batch."""
-    whole = torch.cat([mask.unflatten(0, (2, -1)) for mask in masks], 1)  # [2, B, L]
-    number = (whole.flatten().cumsum(0) - 1).view_as(whole)
-    sizes = [len(mask) // 2 for mask in masks]
-    return torch.cat([n.flatten(0, 1)[m] for n, m in zip(number.split(sizes, 1), masks, strict=True)])
+def _places(parts: list[Outputs] | list[Crops]) -> Tensor:
+    """Positions of the parts' masked tokens, in their order, in the flattened mask of the whole batch."""
+    whole = sum(_pictures(part) for part in parts)
+    places, start = [], 0
+    for part in parts:
+        assert part.masked_at is not None and part.mask is not None
+        b, length = _pictures(part), part.mask.shape[1]
+        crop, token = part.masked_at // length, part.masked_at % length
+        view, picture = crop // b, crop % b
+        places.append(((view * whole + start + picture) * length) + token)
+        start += b
+    return torch.cat(places)
 
 
-def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> None:
-    """Scale down each parameter's own gradient to norm `limit` (1.8: per tensor, not over all)."""
+def _pictures(part: Outputs | Crops) -> int:
+    return part.pictures if isinstance(part, Outputs) else len(part.globals_) // 2
+
+
+def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale down each parameter's own gradient to norm `limit` (1.8: per tensor, not over all); returns the norms."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    scale = (limit / (torch.stack(norms) + 1e-6)).clamp_(max=1.0)
-    torch._foreach_mul_(gradients, list(scale.unbind()))
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp_(max=1.0).unbind()))
+    return norms

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -16,12 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
@@ -31,8 +31,9 @@ from training.cache import PictureCache
 from training.checkpoint import load_checkpoint, save_checkpoint, save_offending_step
 from training.config import Hardware, Recipe, Train
 from training.distributed import agree, mean_over_ranks, rank, world_size
-from training.learner import Learner, Speed
+from training.learner import Learner, NotFiniteError, Speed
 from training.loader import Batches
+from training.monitor import SAMPLE
 from training.observer import Observer
 from training.progress import bar
 from training.views import Views
@@ -60,16 +61,23 @@ class Trainer:
         if asked.precision == "auto":
             self.precision = "bfloat16" if hardware.fast_bf16 else "float32"
         reasons["precision"] = f"{self.precision} backbone on {hardware.name}"
-        spec = self._encoder_spec(embedding_dim=0)
-        self.views = Views(recipe.views, spec.mean, spec.std, _PRECISION[self.precision])
+        self.views = Views(recipe.views, recipe.mean, recipe.std, _PRECISION[self.precision])
         speed = Speed(
             _PRECISION[self.precision], self.precision == "bfloat16", asked.accumulate, asked.compile,
             asked.checkpoint_activations,
         )  # fmt: skip
-        self.learner = Learner(recipe, self.device, speed, self.views)
+        self.learner = Learner(recipe, self.device, speed, self.views, self._initial_weights())
+        # What the run started from, apart from where it lay then.
+        self.initial = _tensors(self.learner.teacher.vit) if recipe.init is not None else None
+        self.initial_sha256 = None if self.initial is None else _digest(self.initial)
         self.stopped = False
         self._batches: Batches | None = None
         self._waited = 0.0
+
+    def _initial_weights(self) -> Path | None:
+        """What --init names; its copy in the run folder where that is gone since."""
+        given, kept = self.asked.init, self.run / "initial.safetensors"
+        return kept if given is not None and not given.exists() and kept.is_file() else given
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One optimiser step; returns its loss terms (on the device, detached)."""
@@ -108,10 +116,9 @@ class Trainer:
             observer.measure(start)
         try:
             return self._train(start, observer)
-        except (torch.OutOfMemoryError, MemoryError) as e:
-            raise RefusalError(self._out_of_memory(str(e))) from e
         finally:
-            self.batches().close()
+            if self._batches is not None:
+                self._batches.close()
 
     def _train(self, start: int, observer: Observer | None) -> int:
         r = self.recipe
@@ -121,7 +128,10 @@ class Trainer:
         since, saved = time.monotonic(), time.monotonic()
         with self._signals(), bar(self.console, "training", r.steps, start) as advance:
             for step in range(start, r.steps):
-                pending.append(self.step(step))
+                try:
+                    pending.append(self.step(step))
+                except NotFiniteError as e:
+                    self._refuse_offending(step, e.terms)
                 done = step + 1
                 advance(1)
                 stop = due = done == r.steps
@@ -132,8 +142,9 @@ class Trainer:
                     self._log(observer, done, pending, time.monotonic() - since)
                     pending, since = [], time.monotonic()
                 if observer is not None and (done % measure_every == 0 or done == r.steps):
+                    before = time.monotonic()
                     observer.measure(done)
-                    since = time.monotonic()
+                    since += time.monotonic() - before  # steps are timed, not what watches them
                 if stop or due:
                     self.save(done)
                     saved = time.monotonic()
@@ -161,7 +172,7 @@ class Trainer:
 
     def seconds_per_step(self, least: float) -> float:
         """Measured over at least two steps and `least` seconds; leaves the state as it was."""
-        before = copy.deepcopy(self.learner.state())
+        before = _on_cpu(self.learner.state())
         recipe = self.recipe
         self.learner.recipe = recipe.model_copy(update={"steps": max(recipe.steps, 1000), "head_steps": 0})
         self.step(0)  # allocations and caches
@@ -175,11 +186,27 @@ class Trainer:
         seconds = agree(time.monotonic() - start)[0] / count
         self.learner.recipe = recipe
         self.learner.load(before)
+        self._waited = 0.0
         return seconds
 
     def _steps_that_fit(self, minutes: float) -> int:
-        # A tenth goes to measurements and checkpoints.
-        return max(1, int(0.9 * 60 * minutes / self.seconds_per_step(min(5.0, 6 * minutes))))
+        step = self.seconds_per_step(min(5.0, 6 * minutes))
+        # Measurements take what they take, checkpoints about a twentieth; at least half of the time is for steps.
+        left = max(0.5 * 60 * minutes, 0.95 * 60 * minutes - agree(self.watching_seconds())[0])
+        return max(1, int(left / step))
+
+    def watching_seconds(self) -> float:
+        """Expected time of a run's measurements and report: a forward pass of the sample each, and statistics."""
+        r, count = self.recipe, min(SAMPLE, len(self.cache))
+        size = min(64, count)
+        noise = torch.zeros(size, r.image_size, r.image_size, 3, dtype=torch.uint8, device=self.device)
+        times = []
+        for _ in range(2):  # the first one allocates
+            start = time.monotonic()
+            with torch.no_grad():
+                self.learner.teacher.vit.forward_features(self.views.normalise(noise)).sum().item()
+            times.append(time.monotonic() - start)
+        return (MEASUREMENTS + 1) * (times[1] * count / size + 1.0 * count / SAMPLE) + 3.0
 
     def _log(self, observer: Observer | None, done: int, pending: list[dict[str, Tensor]], seconds: float) -> None:
         names = list(pending[0])
@@ -196,30 +223,38 @@ class Trainer:
                 images_per_second=len(pending) * self.recipe.batch_size / seconds, data_wait=min(1.0, waited / seconds),
             )  # fmt: skip
 
-    def _refuse_offending(self, step: int, terms: dict[str, Tensor]) -> None:
-        """The optimiser skipped the update, so that the weights are still those which the step began with."""
+    def _refuse_offending(self, step: int, terms: dict[str, Tensor]) -> NoReturn:
+        """No update was made by the step, so that the weights are still those which it began with."""
         indices = self.batches().indices(step).tolist()
         keys = [self.cache.pictures[i].key for i in indices]
         if rank() == 0:
             save_offending_step(self.run, self.identity(), step, self.learner.state(), keys, terms)
-        name = next(name for name, value in terms.items() if not math.isfinite(value))
+        found = [f"{name} is {float(value)}" for name, value in terms.items() if not math.isfinite(value)]
+        what = found[0] if found else "a gradient is not finite"
         raise RefusalError(
-            f"{name} is {float(terms[name])} at step {step}; the last checkpoint is intact, and weights and pictures of "
-            f"that step are in {self.run}/offending-step.pt: lower --lr, or use --precision float32, with another --out"
+            f"{what} at step {step}; the last checkpoint is intact, and weights "
+            f"and pictures of that step are in {self.run}/offending-step.pt: lower --lr, or use --precision float32, with "
+            "another --out"
         )
 
     # --- what a run leaves --------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to, and a resume must match. The number of processes is not part of it."""
+        """What a checkpoint belongs to, and a resume must match. The number of processes is not part of it, nor where the
+        initial weights lay."""
         fields = json.loads(self.recipe.model_dump_json())
-        return {**fields, "data": self.cache.fingerprint.sha256, "precision": self.precision}
+        return {
+            **fields,
+            "init": self.initial_sha256,
+            "data": self.cache.fingerprint.sha256,
+            "precision": self.precision,
+        }
 
     def _save_initial(self, resumed: bool) -> None:
         """Keep what --init gave, for the verdict."""
-        if rank() == 0 and self.recipe.init is not None and not resumed:
-            tensors = _tensors(self.learner.teacher.vit)
-            write_file(self.run / "initial.safetensors", save_safetensors(tensors))
+        if rank() == 0 and self.initial is not None and not resumed:
+            write_file(self.run / "initial.safetensors", save_safetensors(self.initial))
+        self.initial = None  # it is on disk now
 
     def save(self, step: int) -> None:
         """Write checkpoint, encoder and run.json, each atomically. Raises `RefusalError` rather than keep broken weights."""
@@ -233,7 +268,6 @@ class Trainer:
             )
         save_checkpoint(self.run, self.identity(), step, self.learner.state())
         encoder = _tensors(teacher.vit)
-        initial = self.run / "initial.safetensors"
         write_file(self.run / "encoder.safetensors", save_safetensors(encoder))
         manifest = RunManifest(
             method=self.recipe.method,
@@ -248,13 +282,16 @@ class Trainer:
             steps_done=step,
             steps_total=self.recipe.steps,
             weights_sha256=_digest(encoder),
-            initial_sha256=_digest(load_file(initial)) if self.recipe.init is not None else None,
+            initial_sha256=self.initial_sha256,
         )
         write_file(self.run / "run.json", manifest.model_dump_json(indent=2))
 
     def _encoder_spec(self, embedding_dim: int) -> EncoderSpec:
         r = self.recipe
-        return EncoderSpec(model=r.model, kwargs=r.model_kwargs, image_size=r.image_size, embedding_dim=embedding_dim)
+        return EncoderSpec(
+            model=r.model, kwargs=r.model_kwargs, image_size=r.image_size, embedding_dim=embedding_dim, mean=r.mean,
+            std=r.std,
+        )  # fmt: skip
 
     def preprocess_spec(self) -> PreprocessSpec:
         """How whole pictures are prepared for the encoder."""
@@ -272,15 +309,6 @@ class Trainer:
         for name, reason in self.reasons.items():
             value = getattr(self.recipe, name, "")
             self.console.print(f"  {name} = {value}  ({reason})" if value != "" else f"  {name}: {reason}")
-
-    def _out_of_memory(self, message: str) -> str:
-        r = self.recipe
-        found = message.splitlines()[0][:200] if message else "the system refused"
-        return (
-            f"out of memory with {r.batch_size} pictures of {2 + r.local_crops} crops per step ({found}): use --accumulate "
-            f"{2 * self.asked.accumulate} (same result), --checkpoint-activations (same result), fewer --local-crops, or a "
-            "smaller --batch-size or --image-size; --resume continues with the first two"
-        )
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -301,14 +329,37 @@ class Trainer:
                 signal.signal(kind, handler)
 
 
+def out_of_memory(recipe: Recipe, accumulate: int, message: str) -> str:
+    """The sentence for a run that does not fit."""
+    found = message.splitlines()[0][:200] if message else "the system refused"
+    return (
+        f"out of memory with {recipe.batch_size} pictures of {2 + recipe.local_crops} crops per step ({found}): use "
+        f"--accumulate {2 * accumulate} or --checkpoint-activations (neither changes the objective), fewer --local-crops, "
+        "or a smaller --batch-size or --image-size; a run that has begun continues with --resume and the first two"
+    )
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    free = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+            free = int(line.split()[1]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and limit.read_text().strip().isdigit():  # the container's own limit
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _on_cpu(state: Any) -> Any:
+    """A copy of a state, tensors on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu().clone()
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    return [_on_cpu(value) for value in state] if isinstance(state, list) else copy.deepcopy(state)
 
 
 def _tensors(vit: nn.Module) -> dict[str, Tensor]:

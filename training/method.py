@@ -30,6 +30,8 @@ class Outputs(NamedTuple):
     """[2·B, L] bool, which tokens were masked."""
     groups: Tensor | None
     """[B] int64: pictures of equal number are near-duplicates."""
+    masked_at: Tensor | None = None
+    """[M] int64: positions of the masked tokens in the flattened mask."""
 
     @property
     def pictures(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from export.bundle import RefusalError
+from export.bundle import EncoderSpec, RefusalError, read_run
 from training.config import Hardware, Recipe, Train
 
 MIN_PICTURES = 32
@@ -89,6 +89,13 @@ def resolve(
     values["cache_size"] = -(-size * 3 // 2 // 8) * 8
 
     batch = asked.batch_size or min(values["batch_size"], 1 << (max(2, pictures // 4).bit_length() - 1))
+    if asked.batch_size is None:
+        batch = max(1, batch // hardware.processes) * hardware.processes
+    if batch % hardware.processes:
+        raise RefusalError(
+            f"--batch-size {batch} does not divide over {hardware.processes} processes: choose a multiple of "
+            f"{hardware.processes}"
+        )
     if batch > pictures:
         raise RefusalError(f"--batch-size {batch} exceeds the {pictures:,} readable pictures: choose a smaller one")
     values["batch_size"] = batch
@@ -99,7 +106,7 @@ def resolve(
     memory = asked.memory or min(values["memory"], half)
     if asked.memory is None:
         why["memory"] = (
-            f"at most half of {pictures:,} pictures: in a larger memory an anchor's support is its own picture"
+            f"at most half of {pictures:,} pictures, at least 64: in a larger memory an anchor's support is its own picture"
         )
     elif asked.memory > pictures:
         raise RefusalError(
@@ -164,6 +171,10 @@ def resolve(
     values.update(method=asked.method, fit=asked.fit, seed=asked.seed, views=asked.views)
     if asked.views == "auto":
         values["views"], why["views"] = views
+    if preset == "paper" and values["steps"]:  # published in epochs: 10, and 30 for S or 50 for B and L
+        epochs = values["steps"] / per_epoch
+        values["lr_warmup"] = min(0.1, 10 / epochs)
+        values["temperature_warmup"] = min(0.3, (50 if wide else 30) / epochs)
     _start_from(asked, values, why)
     del values["width"]
     return Recipe(**values), why
@@ -191,6 +202,7 @@ def _check_masks(values: dict[str, Any]) -> None:
 def _start_from(asked: Train, values: dict[str, Any], why: dict[str, str]) -> None:
     """What initial weights change."""
     values["init"] = str(asked.init) if asked.init else None
+    values["mean"], values["std"] = _normalization(asked, values["model"], why)
     for name in ("head_steps", "backbone_lr", "layer_decay"):
         given = getattr(asked, name)
         if given is not None and asked.init is None:
@@ -208,6 +220,22 @@ def _start_from(asked: Train, values: dict[str, Any], why: dict[str, str]) -> No
             why.pop(name, None)
     if asked.backbone_lr is None:
         why["backbone_lr"] = "trained weights move carefully"
+
+
+def _normalization(
+    asked: Train, model: str, why: dict[str, str]
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    if asked.init is not None and asked.init.is_dir():
+        spec = read_run(asked.init).encoder
+        return spec.mean, spec.std
+    if asked.normalization == "model":
+        from training.encoder import native_normalization
+
+        mean, std = native_normalization(model)
+        why["mean"] = f"timm's for {model}"
+        return mean, std
+    fields = EncoderSpec.model_fields
+    return fields["mean"].default, fields["std"].default
 
 
 def _paper_epochs(width: int) -> int:

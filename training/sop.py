@@ -46,18 +46,20 @@ def image_loss_given(targets: Tensor, zs: Tensor, views: int, prototypes: Protot
 
 
 def patch_loss(
-    zs: Tensor, zt: Tensor, mask: Tensor, prototypes: Prototypes, student_temperature: float, teacher_temperature: float
-) -> Tensor:
+    zs: Tensor, zt: Tensor, mask: Tensor, prototypes: Prototypes, student_temperature: float, teacher_temperature: float,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """L_patch (1.7): zs, zt [M, d] at the masked tokens of mask [2·B, L], row-major.
 
-    Each crop is averaged over its own masked tokens; crops without any count with 0.
+    Each crop is averaged over its own masked tokens; crops without any count with 0. `index` [M]: the masked positions in
+    the flattened mask, where the caller knows them (a GPU would have to wait for their number).
     """
     if len(zs) == 0:
         return zs.sum() * 0.0
     with torch.no_grad():
         targets = vote(zt, prototypes, teacher_temperature)
     losses = vote_cross_entropy(zs, prototypes, student_temperature, targets)
-    crop = mask.nonzero(as_tuple=True)[0]
+    crop = mask.nonzero(as_tuple=True)[0] if index is None else index // mask.shape[1]
     per_crop = mask.sum(1).clamp(min=1).to(losses.dtype)
     return (losses / per_crop[crop]).sum() / len(mask)
 

@@ -44,7 +44,7 @@ class SOP(Method):
         if r.mean_entropy_weight:
             loss = loss + r.mean_entropy_weight * terms["mean_entropy_gap"]
         views = outputs.student[: 2 * outputs.pictures].chunk(2)
-        if moment.koleo_weight:
+        if any(r.koleo_weight):  # the same terms at every step, though the weight may reach 0
             terms["koleo"] = torch.stack([koleo(view, outputs.groups) for view in views]).mean()
             loss = loss + moment.koleo_weight * terms["koleo"]
         if r.variance_weight:
@@ -60,7 +60,7 @@ class SOP(Method):
             )  # fmt: skip
             terms["loss_patch"] = patch_loss(
                 outputs.student_masked, outputs.teacher_masked, outputs.mask, patches,
-                r.student_temperature, moment.teacher_temperature,
+                r.student_temperature, moment.teacher_temperature, outputs.masked_at,
             )  # fmt: skip
             loss = loss + r.mim_weight * terms["loss_patch"]
         return {**terms, "loss": loss}
@@ -109,7 +109,8 @@ class SOP(Method):
         prototypes = draw_prototypes(
             rows, r.anchors, r.support, generator, r.smoothing, support_weight=r.support_weight
         )
-        heads = heads if r.teacher_votes != "centred" else F.normalize(heads - self.centre.cpu(), dim=-1)
+        if r.teacher_votes == "centred":
+            heads = F.normalize(heads - self.centre.cpu().float(), dim=-1)
         votes = vote_statistics(heads, prototypes, moment.teacher_temperature)
         found = {
             "vote_entropy": votes.entropy,

@@ -164,12 +164,14 @@ def test_join_and_split_are_inverse() -> None:
                 whole.student.view(V, B, D)[:, low:high].flatten(0, 1),
                 whole.teacher.view(2, B, D)[:, low:high].flatten(0, 1),
                 whole.student_masked[rows], whole.teacher_masked[rows], whole.teacher_drawn[low:high], by_view, None,
+                by_view.flatten().nonzero()[:, 0],
             )
         )  # fmt: skip
     joined = join(parts)
     for name in ("student", "teacher", "student_masked", "teacher_masked", "teacher_drawn", "mask"):
         assert torch.equal(getattr(joined, name), getattr(whole, name)), name
-    crops = [Crops(torch.zeros(len(p.teacher), 1), None, p.mask, None) for p in parts]
+    assert joined.masked_at is not None and torch.equal(joined.masked_at, mask.flatten().nonzero()[:, 0])
+    crops = [Crops(torch.zeros(len(p.teacher), 1), None, p.mask, None, p.masked_at) for p in parts]
     for part, (student, masked) in zip(parts, split(whole.student, whole.student_masked, crops), strict=True):
         assert student is not None and torch.equal(student, part.student)
         assert masked is not None and torch.equal(masked, part.student_masked)
