@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -20,9 +23,11 @@ from export.bundle import read_run
 from export.preprocess import preprocess
 from likewise import main
 from tests.shapes import write_shapes
+from training.evaluate import plots
 from training.evaluate.config import Evaluate
 from training.evaluate.encoders import multi_scale, open_source
 from training.evaluate.features import extract
+from training.evaluate.metrics import Curve
 from training.evaluate.pictures import read_set, whole_picture
 
 CPU = ["--threads", "1", "--device", "cpu", "--label-free-queries", "6"]
@@ -83,6 +88,46 @@ def test_a_bundle_and_weights_give_the_runs_figures(
         assert "untrained network" in mine and "untrained network" not in theirs
     assert any("no untrained network" in note for note in of_bundle["notes"])
     assert of_run["tasks"]["knn"]["bank"] == 48 and not of_run["tasks"]["knn"]["leave_one_out"]
+
+
+def test_a_path_that_is_not_utf_8_is_measured_and_written(run: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"te\xffst")
+    try:
+        shutil.copytree(pictures / "star", folder / "a")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    shutil.copytree(pictures / "ring", folder / "b")
+    bank = tmp_path / os.fsdecode(b"ba\xffnk")
+    shutil.copytree(folder, bank)
+    found = evaluate(run, folder, "--bank", bank, "--tasks", "knn,label-free", "--out", tmp_path / "out")
+    assert found["settings"]["data"].endswith("te\ufffdst") and "ba\ufffdnk" in found["tasks"]["knn"]["protocol"]
+
+
+def test_greyscale_views_take_gamma_out_of_the_label_free_score(run: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    about = json.loads((run / "run.json").read_text())
+    assert about["config"]["views"] in ("photographs", "products", "orientation-free", "documents")
+    about["config"]["views"] = "greyscale"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    flags = ["--tasks", "label-free", "--out"]
+    found = evaluate(tmp_path / "run", pictures, *flags, tmp_path / "out")
+    task = found["tasks"]["label-free"]
+    assert "gamma" not in task["results"]["run"]["recall_at_1_by_edit"] and len(task["edits"]) == 8
+    assert any("without the gamma edit" in note for note in found["notes"])
+    assert "gamma" in evaluate(run, pictures, *flags, tmp_path / "other")["tasks"]["label-free"]["edits"]
+
+
+def test_names_are_drawn_letter_by_letter(tmp_path: Path) -> None:
+    strange = (r"$\frac{1$", "a_$x^{$", "_hidden", "$5 or $6", "\\$")
+    results = {"knn": {"results": {name: {"top1": 0.5} for name in strange}}}
+    assert plots.bars(results, [strange[0]], tmp_path / "bars.png") == "bars.png"
+    curve = Curve(np.array([0.5, 1.0]), np.array([1.0, 0.5]))
+    assert plots.precision_recall(dict.fromkeys(strange, curve), tmp_path / "pr.png") == "pr.png"
+    # What is drawn for a name with two `$` is as long as what is drawn for two other letters of its width.
+    figure = Figure()
+    texts = [figure.text(0, 0, plots.drawn(name)) for name in ("$ab$", "0ab0")]
+    widths = [text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width for text in texts]
+    assert widths[0] == pytest.approx(widths[1], rel=0.05)
 
 
 def test_weights_of_a_timm_model(pictures: Path, tmp_path: Path) -> None:

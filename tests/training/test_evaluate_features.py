@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def test_features_are_reused_only_for_the_same_extractor_spec_and_pictures(
     changed = extract(read_set("data", folder, []), [extractor], tmp_path / "cache", [])
     assert count.seen == 21 + 2
     assert np.flatnonzero((changed.rows["mean"] != first.rows["mean"]).any(1)).tolist() == [6]
+
+
+def test_a_folder_whose_keys_sizes_and_times_are_those_of_another_has_features_of_its_own(tmp_path: Path) -> None:
+    for name, value in (("train", 10), ("test", 200)):
+        path = tmp_path / name / "a.bmp"
+        path.parent.mkdir()
+        Image.new("RGB", (16, 16), (value, 0, 0)).save(path)
+        os.utime(path, ns=(0, 0))
+    extractor = Extractor("mean", "digest", SPEC, Counting())
+    train, test = (
+        extract(read_set(name, tmp_path / name, []), [extractor], tmp_path / "cache", []).rows["mean"][0, 0]
+        for name in ("train", "test")
+    )
+    assert (train, test) == pytest.approx((10 / 255, 200 / 255))
 
 
 def test_a_damaged_or_foreign_shard_is_made_again(folder: Path, tmp_path: Path) -> None:

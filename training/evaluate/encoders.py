@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from export.bundle import Bundle, Embeddings, RefusalError, read_run, sha256_file, sha256_json, tensors_sha256
+from export.bundle import (
+    Bundle,
+    Embeddings,
+    RefusalError,
+    printable,
+    read_run,
+    sha256_file,
+    sha256_json,
+    tensors_sha256,
+)
 from export.preprocess import Pixels, PreprocessSpec
 from training.encoder import VisionTransformer, build_vit, load_initial, native_sizes, reset_linear_layers
 from training.evaluate.config import Evaluate
@@ -209,7 +218,7 @@ def _preprocess(spec: PreprocessSpec, asked: Evaluate) -> PreprocessSpec:
 
 
 def _name(source: Path) -> str:
-    return source.resolve().name
+    return printable(source.resolve().name)
 
 
 def multi_scale(encoder: Encoder) -> Extractor:

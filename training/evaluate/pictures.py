@@ -36,8 +36,12 @@ def read_set(name: str, folder: Path, unreadable: list[tuple[str, str]]) -> Pict
 
 
 def digest(pictures: Sequence[PictureFile]) -> str:
-    """Hex digest over keys, sizes and times of change, in order: which pictures, without reading them all."""
-    return sha256_json([[p.key, p.size, p.mtime_ns] for p in pictures])
+    """Hex digest over resolved folders, keys, sizes and times of change, in order: which pictures, without reading them.
+
+    Keys, sizes and times alone may be those of another folder, where an archive set all times alike.
+    """
+    folders = {folder: str(folder.resolve()) for folder in {p.path.parent for p in pictures}}
+    return sha256_json([[folders[p.path.parent], p.path.name, p.key, p.size, p.mtime_ns] for p in pictures])
 
 
 class Labels:

@@ -13,7 +13,7 @@ from training.evaluate.config import Task
 from training.evaluate.edits import EDITS
 from training.evaluate.encoders import multi_scale
 from training.evaluate.inputs import Inputs, Labelled, Numbers
-from training.evaluate.label_free import LabelFree, compare, label_free_all, neighbor_agreement
+from training.evaluate.label_free import LabelFree, compare, editing_side, label_free_all, neighbor_agreement
 from training.evaluate.linear import linear_probe
 from training.evaluate.pictures import LazyPictures, PictureSet, read_pairs
 from training.evaluate.retrieval import knn_top1, retrieve
@@ -193,6 +193,12 @@ class Evaluation(Inputs):
     def _label_free(self) -> dict[str, Any]:
         pictures, galleries = self.plain()
         names = self.names(LABEL_FREE_BASELINES)
+        # An edit that training made, too, would measure what was trained for (as training/verdict.py has it).
+        trained_by_gamma = any(e.about.get("views") == "greyscale" for e in self.encoders)
+        edits = {name: edit for name, edit in EDITS.items() if not (trained_by_gamma and name == "gamma")}
+        if trained_by_gamma:
+            self.note("label-free: without the gamma edit, which the `greyscale` views of the training make, too")
+        side = editing_side(*(e.spec.size for e in self.extractors if e.name in names))
         scores: dict[str, LabelFree] = {}
         for spec in dict.fromkeys(e.spec for e in self.extractors):
             mine = {e.name: e for e in self.extractors if e.spec == spec and e.name in names}
@@ -200,7 +206,7 @@ class Evaluation(Inputs):
                 advance = self.bar("edited pictures", min(self.asked.label_free_queries, len(pictures.pictures)))
                 scores |= label_free_all(
                     {name: e.embed for name, e in mine.items()}, LazyPictures(pictures.pictures), spec, self.asked.seed,
-                    self.asked.label_free_queries, EDITS, {name: galleries[name] for name in mine}, advance,
+                    self.asked.label_free_queries, edits, {name: galleries[name] for name in mine}, advance, side,
                 )  # fmt: skip
         results = {
             name: {
@@ -213,13 +219,19 @@ class Evaluation(Inputs):
         }  # fmt: skip
         first = scores[self.encoders[0].extractor.name]
         stored: dict[str, Any] = {
-            "protocol": f"{len(first.pictures)} pictures, each with {len(EDITS)} edits that training does not make, search "
-            "all pictures for their original; a tie counts as not found; standard errors by bootstrap over pictures",
+            "protocol": f"{len(first.pictures)} pictures of {side} px, each with {len(edits)} edits that training does not "
+            "make, search all pictures for their original; a tie counts as not found; standard errors by bootstrap over "
+            "pictures",
+            "edits": list(edits), "side": side,
             "queries": first.ranks.size, "gallery": first.gallery, "queries_sha256": first.queries_sha256,
             "results": results,
         }  # fmt: skip
+        if first.unreadable:
+            self.note(f"label-free: {first.unreadable} pictures could not be read any more and were not edited")
         if len(self.encoders) == 2:
             names = [e.extractor.name for e in self.encoders]
+            if scores[names[0]].queries_sha256 != scores[names[1]].queries_sha256:
+                raise RefusalError(f"pictures of {self.asked.data} changed during the evaluation: run it again")
             difference = compare(scores[names[1]], scores[names[0]])
             stored["difference"] = {
                 "of": f"{names[0]} minus {names[1]}",
