@@ -57,12 +57,18 @@ class Evaluation(Inputs):
                 )
         if self.asked.ground_truth is None:
             offered["revisited"] = "the revisited protocol needs its ground truth: pass --ground-truth FILE (JSON)"
-        if self.asked.tasks is None:
-            return [task for task, lack in offered.items() if lack is None]
-        for task in self.asked.tasks:
-            if (lack := offered[task]) is not None:
-                raise RefusalError(f"--tasks {task}: {lack}")
-        return list(dict.fromkeys(self.asked.tasks))
+        chosen = [task for task, lack in offered.items() if lack is None]
+        if self.asked.tasks is not None:
+            for task in self.asked.tasks:
+                if (lack := offered[task]) is not None:
+                    raise RefusalError(f"--tasks {task}: {lack}")
+            chosen = list(dict.fromkeys(self.asked.tasks))
+        searched = {"knn": self.bank or self.gallery, "linear": self.bank or self.gallery,
+                    "retrieval": self.gallery or self.bank}  # fmt: skip
+        for task in chosen:  # a list of labels that does not fit is refused before hours of features
+            if (pictures := searched.get(task)) is not None:
+                self.labels.of(pictures)
+        return chosen
 
     def measure(self, task: Task) -> dict[str, Any]:
         """One task's protocol and figures, as results.json stores them."""
@@ -149,6 +155,11 @@ class Evaluation(Inputs):
             pairs = self.asked.pairs
             task = copies.by_stem(*pictures) if pairs is None else copies.from_pairs(*pictures, read_pairs(pairs))
             everything = PictureSet("queries and gallery", self.data.folder, [*pictures[0], *pictures[1]])
+        if task.lost:
+            self.note(
+                f"{task.lost} of {len(task.queries)} queries have no gallery picture of their name: they count as "
+                "negatives (--pairs FILE says which picture is whose original)"
+            )
         features = self.features_of(everything)
         task, q, g = self._readable(task, features.kept)
         results, found = {}, None
