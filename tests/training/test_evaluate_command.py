@@ -162,6 +162,43 @@ def test_linear_probe_and_labels_that_only_queries_have(run: Path, pictures: Pat
     assert any("8 of 64 queries have a label that the bank lacks, for example star" in note for note in found["notes"])
 
 
+def test_a_query_never_finds_its_own_file(bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    tasks = ["--tasks", "knn,retrieval", "--out"]
+    alone = evaluate(bundle, pictures, *tasks, tmp_path / "alone")["tasks"]
+    link = tmp_path / "the same folder"
+    link.symlink_to(pictures)
+    same = evaluate(bundle, pictures, "--bank", link, *tasks, tmp_path / "same")["tasks"]
+    assert same["knn"]["leave_one_out"] and same["knn"] == alone["knn"] and same["retrieval"] == alone["retrieval"]
+    # The bank holds the queries' files among others: the figures are those of leave-one-out for queries that are all of it.
+    part = tmp_path / "part"
+    for folder in pictures.iterdir():
+        (part / folder.name).mkdir(parents=True)
+        for path in sorted(folder.iterdir()):
+            (part / folder.name / path.name).symlink_to(path)
+    linked = evaluate(bundle, pictures, "--bank", part, *tasks, tmp_path / "linked")
+    assert any("64 of 64 queries are in the bank themselves" in note for note in linked["notes"])
+    assert linked["tasks"]["knn"]["results"] == alone["knn"]["results"]
+    assert linked["tasks"]["retrieval"]["results"] == alone["retrieval"]["results"]
+    assert "own file" in linked["tasks"]["knn"]["protocol"] and not linked["tasks"]["knn"]["leave_one_out"]
+
+
+def test_the_linear_probe_is_not_trained_on_queries(
+    bundle: Path, bank: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    queries, both = tmp_path / "queries", tmp_path / "both"
+    for name in ("star", "ring"):
+        (queries / name).mkdir(parents=True)
+        shutil.copytree(bank / name, both / name)
+        for path in sorted((both / name).iterdir())[:2]:
+            (queries / name / path.name).symlink_to(path)
+    found = evaluate(bundle, queries, "--bank", both, "--tasks", "linear", "--out", tmp_path / "out")
+    assert found["tasks"]["linear"]["bank"] == 8 and any(
+        "4 pictures of the bank are queries" in n for n in found["notes"]
+    )
+    out = ["--tasks", "linear", "--out", tmp_path / "out", *CPU]
+    assert "training pictures that are not" in refused("evaluate", bundle, both, "--bank", both, *out)
+
+
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory, bank: Path) -> Path:
     """Gallery of 16, each as JPEG and flipped; 8 negatives."""
@@ -273,6 +310,24 @@ def test_refusals(
     assert "--model" in refused("evaluate", weights, pictures, *out)
     other = refused("evaluate", weights, pictures, "--model", "vit_tiny_patch16_224", *out)
     assert "another architecture" in other and "--model" in other and "--init" not in other
+    for flag, value in (("--model", "vit_tiny_patch16_224"), ("--normalization", "imagenet"), ("--patch-size", 8)):
+        for source in (run, bundle):
+            assert f"{flag} says how to read a file" in refused("evaluate", source, pictures, flag, value, *out)
+    below = ["--out", bank / "star" / "out", *CPU]
+    assert "plots would count as pictures" in refused("evaluate", run, pictures, "--bank", bank, *below)
+    assert not (bank / "star" / "out").exists()
+    one = tmp_path / "one" / "star"
+    one.mkdir(parents=True)
+    shutil.copy(flat / sorted(p.name for p in flat.iterdir())[0], one)
+    (one.parent / "ring").mkdir()
+    (one.parent / "ring" / "broken.png").write_bytes(b"no picture")
+    (one / "broken.png").write_bytes(b"no picture")
+    assert "leave-one-out needs two" in refused("evaluate", run, one.parent, "--tasks", "knn", *out)
+    pairs = tmp_path / "pairs.csv"
+    first, second = sorted(p.name for p in flat.iterdir())[:2]
+    pairs.write_text(f"query,original\n{first},{second}\n")
+    listed = refused("evaluate", run, flat, "--gallery", flat, "--pairs", pairs, "--tasks", "copies", *out)
+    assert "3 queries, for example" in listed and "would find themselves" in listed
     strange = tmp_path / "strange"
     shutil.copytree(bank / "star", strange / "unheard")
     shutil.copytree(bank / "ring", strange / "of")

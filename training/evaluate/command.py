@@ -38,6 +38,7 @@ def evaluate(asked: Evaluate) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise RefusalError("--device cuda was asked for, but torch sees no CUDA device: check nvidia-smi, or use cpu")
+    _refuse(asked)
     device = torch.device("cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu")
     threads = asked.threads or cpu_quota()
     torch.set_num_threads(threads)
@@ -76,6 +77,26 @@ def evaluate(asked: Evaluate) -> int:
     drawn = _draw(evaluation, results, tasks, asked)
     console.print(printable(f"done: {asked.out / 'results.json'}, {', '.join(drawn)}"))
     return 0
+
+
+def _refuse(asked: Evaluate) -> None:
+    """What would be ignored, or would spoil the next evaluation. Raises `RefusalError`."""
+    sources = [s for s in (asked.source, asked.against) if s is not None]
+    given = [
+        f"--{name.replace('_', '-')}" for name in ("model", "normalization", "patch_size")
+        if getattr(asked, name) is not None
+    ]  # fmt: skip
+    if given and all(s.is_dir() for s in sources):
+        raise RefusalError(
+            f"{' and '.join(given)} says how to read a file of weights, but {' and '.join(map(str, sources))} says so "
+            "itself: leave it out"
+        )
+    for folder in (asked.data, asked.bank, asked.gallery):
+        if folder is not None and asked.out.resolve().is_relative_to(folder.resolve()):
+            raise RefusalError(
+                f"--out {asked.out} lies in {folder}, so that its plots would count as pictures next time: give a folder "
+                "outside"
+            )
 
 
 def _unicode(value: Any) -> Any:

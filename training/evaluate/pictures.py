@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from export.bundle import RefusalError, list_pictures, sha256_json
@@ -34,6 +35,12 @@ class PictureSet(NamedTuple):
 def read_set(name: str, folder: Path, unreadable: list[tuple[str, str]]) -> PictureSet:
     """The pictures below `folder`. Raises `RefusalError` where there are none."""
     return PictureSet(name, folder, list_pictures(folder, unreadable))
+
+
+def own_rows(queries: PictureSet, gallery: PictureSet) -> npt.NDArray[np.int64]:
+    """[Q] each query's own file in the gallery, −1 where it is not there; links are followed."""
+    rows = {picture.path.resolve(): i for i, picture in enumerate(gallery.pictures)}
+    return np.asarray([rows.get(picture.path.resolve(), -1) for picture in queries.pictures], np.int64)
 
 
 def digest(pictures: Sequence[PictureFile]) -> str:
