@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -20,9 +23,11 @@ from export.bundle import read_run
 from export.preprocess import preprocess
 from likewise import main
 from tests.shapes import write_shapes
+from training.evaluate import plots
 from training.evaluate.config import Evaluate
 from training.evaluate.encoders import multi_scale, open_source
 from training.evaluate.features import extract
+from training.evaluate.metrics import Curve
 from training.evaluate.pictures import read_set, whole_picture
 
 CPU = ["--threads", "1", "--device", "cpu", "--label-free-queries", "6"]
@@ -85,6 +90,46 @@ def test_a_bundle_and_weights_give_the_runs_figures(
     assert of_run["tasks"]["knn"]["bank"] == 48 and not of_run["tasks"]["knn"]["leave_one_out"]
 
 
+def test_a_path_that_is_not_utf_8_is_measured_and_written(run: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"te\xffst")
+    try:
+        shutil.copytree(pictures / "star", folder / "a")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    shutil.copytree(pictures / "ring", folder / "b")
+    bank = tmp_path / os.fsdecode(b"ba\xffnk")
+    shutil.copytree(folder, bank)
+    found = evaluate(run, folder, "--bank", bank, "--tasks", "knn,label-free", "--out", tmp_path / "out")
+    assert found["settings"]["data"].endswith("te\ufffdst") and "ba\ufffdnk" in found["tasks"]["knn"]["protocol"]
+
+
+def test_greyscale_views_take_gamma_out_of_the_label_free_score(run: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    about = json.loads((run / "run.json").read_text())
+    assert about["config"]["views"] in ("photographs", "products", "orientation-free", "documents")
+    about["config"]["views"] = "greyscale"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    flags = ["--tasks", "label-free", "--out"]
+    found = evaluate(tmp_path / "run", pictures, *flags, tmp_path / "out")
+    task = found["tasks"]["label-free"]
+    assert "gamma" not in task["results"]["run"]["recall_at_1_by_edit"] and len(task["edits"]) == 8
+    assert any("without the gamma edit" in note for note in found["notes"])
+    assert "gamma" in evaluate(run, pictures, *flags, tmp_path / "other")["tasks"]["label-free"]["edits"]
+
+
+def test_names_are_drawn_letter_by_letter(tmp_path: Path) -> None:
+    strange = (r"$\frac{1$", "a_$x^{$", "_hidden", "$5 or $6", "\\$")
+    results = {"knn": {"results": {name: {"top1": 0.5} for name in strange}}}
+    assert plots.bars(results, [strange[0]], tmp_path / "bars.png") == "bars.png"
+    curve = Curve(np.array([0.5, 1.0]), np.array([1.0, 0.5]))
+    assert plots.precision_recall(dict.fromkeys(strange, curve), tmp_path / "pr.png") == "pr.png"
+    # What is drawn for a name with two `$` is as long as what is drawn for two other letters of its width.
+    figure = Figure()
+    texts = [figure.text(0, 0, plots.drawn(name)) for name in ("$ab$", "0ab0")]
+    widths = [text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width for text in texts]
+    assert widths[0] == pytest.approx(widths[1], rel=0.05)
+
+
 def test_weights_of_a_timm_model(pictures: Path, tmp_path: Path) -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     save_file({k: v.contiguous() for k, v in vit.state_dict().items()}, tmp_path / "weights.safetensors")
@@ -115,6 +160,43 @@ def test_linear_probe_and_labels_that_only_queries_have(run: Path, pictures: Pat
     assert found["tasks"]["linear"]["results"]["run"]["learning_rate"] > 0
     assert found["tasks"]["retrieval"]["queries_without_relevant"] == 8
     assert any("8 of 64 queries have a label that the bank lacks, for example star" in note for note in found["notes"])
+
+
+def test_a_query_never_finds_its_own_file(bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    tasks = ["--tasks", "knn,retrieval", "--out"]
+    alone = evaluate(bundle, pictures, *tasks, tmp_path / "alone")["tasks"]
+    link = tmp_path / "the same folder"
+    link.symlink_to(pictures)
+    same = evaluate(bundle, pictures, "--bank", link, *tasks, tmp_path / "same")["tasks"]
+    assert same["knn"]["leave_one_out"] and same["knn"] == alone["knn"] and same["retrieval"] == alone["retrieval"]
+    # The bank holds the queries' files among others: the figures are those of leave-one-out for queries that are all of it.
+    part = tmp_path / "part"
+    for folder in pictures.iterdir():
+        (part / folder.name).mkdir(parents=True)
+        for path in sorted(folder.iterdir()):
+            (part / folder.name / path.name).symlink_to(path)
+    linked = evaluate(bundle, pictures, "--bank", part, *tasks, tmp_path / "linked")
+    assert any("64 of 64 queries are in the bank themselves" in note for note in linked["notes"])
+    assert linked["tasks"]["knn"]["results"] == alone["knn"]["results"]
+    assert linked["tasks"]["retrieval"]["results"] == alone["retrieval"]["results"]
+    assert "own file" in linked["tasks"]["knn"]["protocol"] and not linked["tasks"]["knn"]["leave_one_out"]
+
+
+def test_the_linear_probe_is_not_trained_on_queries(
+    bundle: Path, bank: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    queries, both = tmp_path / "queries", tmp_path / "both"
+    for name in ("star", "ring"):
+        (queries / name).mkdir(parents=True)
+        shutil.copytree(bank / name, both / name)
+        for path in sorted((both / name).iterdir())[:2]:
+            (queries / name / path.name).symlink_to(path)
+    found = evaluate(bundle, queries, "--bank", both, "--tasks", "linear", "--out", tmp_path / "out")
+    assert found["tasks"]["linear"]["bank"] == 8 and any(
+        "4 pictures of the bank are queries" in n for n in found["notes"]
+    )
+    out = ["--tasks", "linear", "--out", tmp_path / "out", *CPU]
+    assert "training pictures that are not" in refused("evaluate", bundle, both, "--bank", both, *out)
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +310,24 @@ def test_refusals(
     assert "--model" in refused("evaluate", weights, pictures, *out)
     other = refused("evaluate", weights, pictures, "--model", "vit_tiny_patch16_224", *out)
     assert "another architecture" in other and "--model" in other and "--init" not in other
+    for flag, value in (("--model", "vit_tiny_patch16_224"), ("--normalization", "imagenet"), ("--patch-size", 8)):
+        for source in (run, bundle):
+            assert f"{flag} says how to read a file" in refused("evaluate", source, pictures, flag, value, *out)
+    below = ["--out", bank / "star" / "out", *CPU]
+    assert "plots would count as pictures" in refused("evaluate", run, pictures, "--bank", bank, *below)
+    assert not (bank / "star" / "out").exists()
+    one = tmp_path / "one" / "star"
+    one.mkdir(parents=True)
+    shutil.copy(flat / sorted(p.name for p in flat.iterdir())[0], one)
+    (one.parent / "ring").mkdir()
+    (one.parent / "ring" / "broken.png").write_bytes(b"no picture")
+    (one / "broken.png").write_bytes(b"no picture")
+    assert "leave-one-out needs two" in refused("evaluate", run, one.parent, "--tasks", "knn", *out)
+    pairs = tmp_path / "pairs.csv"
+    first, second = sorted(p.name for p in flat.iterdir())[:2]
+    pairs.write_text(f"query,original\n{first},{second}\n")
+    listed = refused("evaluate", run, flat, "--gallery", flat, "--pairs", pairs, "--tasks", "copies", *out)
+    assert "3 queries, for example" in listed and "would find themselves" in listed
     strange = tmp_path / "strange"
     shutil.copytree(bank / "star", strange / "unheard")
     shutil.copytree(bank / "ring", strange / "of")

@@ -57,6 +57,25 @@ def test_pairs_and_stems_across_two_folders() -> None:
         by_stem(queries, gallery)
 
 
+def test_an_original_that_is_named_twice_counts_once_and_rows_of_one_query_are_merged() -> None:
+    queries, gallery = files("blur/x.jpg", "y.jpg"), files("b/one.jpg", "b/two.jpg", "b/three.jpg")
+    task = from_pairs(queries, gallery, {"blur/x.jpg": ["b/two.jpg", "two.jpg"], "x.jpg": ["one.jpg"]})
+    assert [sorted(found) for found in task.originals] == [[0, 2], []]
+
+
+def test_a_mistyped_query_is_refused() -> None:
+    queries, gallery = files("x.jpg", "a/z.jpg", "b/z.jpg"), files("one.jpg")
+    for typo in ("X.jpg", "z.jpg"):  # two pictures are called z.jpg
+        with pytest.raises(RefusalError, match=f"1 of the 2 queries that --pairs names .* for example {typo}"):
+            from_pairs(queries, gallery, {"x.jpg": ["one.jpg"], typo: []})
+
+
+def test_queries_without_an_original_of_their_name_are_counted() -> None:
+    assert by_stem(files("one.png", "other.png"), files("one.jpg")).lost == 1
+    task = roles(files("gallery/a.jpg", "neg:blur/c.jpg", "q:blur/a.jpg", "q:blur/b.jpg"))
+    assert task is not None and task.lost == 1  # the negative is meant to be one
+
+
 def features(cosines: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
     return np.asarray(cosines, np.float32), np.eye(len(cosines[0]), dtype=np.float32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def test_features_are_reused_only_for_the_same_extractor_spec_and_pictures(
     changed = extract(read_set("data", folder, []), [extractor], tmp_path / "cache", [])
     assert count.seen == 21 + 2
     assert np.flatnonzero((changed.rows["mean"] != first.rows["mean"]).any(1)).tolist() == [6]
+
+
+def test_a_folder_whose_keys_sizes_and_times_are_those_of_another_has_features_of_its_own(tmp_path: Path) -> None:
+    for name, value in (("train", 10), ("test", 200)):
+        path = tmp_path / name / "a.bmp"
+        path.parent.mkdir()
+        Image.new("RGB", (16, 16), (value, 0, 0)).save(path)
+        os.utime(path, ns=(0, 0))
+    extractor = Extractor("mean", "digest", SPEC, Counting())
+    train, test = (
+        extract(read_set(name, tmp_path / name, []), [extractor], tmp_path / "cache", []).rows["mean"][0, 0]
+        for name in ("train", "test")
+    )
+    assert (train, test) == pytest.approx((10 / 255, 200 / 255))
 
 
 def test_a_damaged_or_foreign_shard_is_made_again(folder: Path, tmp_path: Path) -> None:
@@ -131,8 +146,38 @@ def test_a_wrong_list_is_refused(folder: Path, tmp_path: Path, text: str, said: 
 
 def test_pairs_keep_several_originals_and_negatives(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
-    path.write_text("query,original\nq.jpg,a.jpg\nq.jpg,b.jpg\nn.jpg,\n")
-    assert read_pairs(path) == {"q.jpg": ["a.jpg", "b.jpg"], "n.jpg": []}
+    path.write_text("query,original\nq.jpg,a.jpg\nq.jpg,b.jpg\nn.jpg,\nq.jpg,a.jpg\ne\u0301.jpg,\n")
+    assert read_pairs(path) == {"q.jpg": ["a.jpg", "b.jpg"], "n.jpg": [], "\u00e9.jpg": []}
+
+
+def test_labels_may_be_empty_and_decomposed_but_not_two(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    noise(20, 24, 7).save(folder / "caf\u00e9.png")
+    pictures = read_set("data", folder, [])
+    path.write_text("path,label\nclass0/0.png,\nclass0/2.png,a\nclass0/2.png,a\ncafe\u0301.png,b\n")
+    found = dict(zip([p.key for p in pictures.pictures], Labels(path).of(pictures), strict=True))
+    assert {k: v for k, v in found.items() if v is not None} == {"class0/2.png": "a", "caf\u00e9.png": "b"}
+    path.write_text("path,label\nclass0/2.png,a\nclass0/2.png,b\n")
+    with pytest.raises(RefusalError, match=r"gives class0/2\.png the labels 'a' and 'b'"):
+        Labels(path)
+
+
+def test_a_row_that_fits_pictures_of_two_folders_is_refused_unless_paths_are_absolute(
+    folder: Path, tmp_path: Path
+) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(folder, bank)
+    path = tmp_path / "labels.csv"
+    path.write_text("path,label\nclass0/0.png,a\n")
+    labels = Labels(path)
+    assert labels.of(read_set("data", folder, [])).count("a") == 1
+    assert labels.of(read_set("data", folder, [])).count("a") == 1  # the same pictures again
+    with pytest.raises(RefusalError, match=r"names class0/0\.png, which fits both .*pictures/.* and .*bank/"):
+        labels.of(read_set("bank", bank, []))
+    path.write_text(f"path,label\n{folder}/class0/0.png,a\n{bank}/class0/0.png,b\nclass0/0.png,c\n")
+    labels = Labels(path)
+    assert {*labels.of(read_set("data", folder, []))} == {"a", None}
+    assert {*labels.of(read_set("bank", bank, []))} == {"b", None}
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (33, 33), (200, 7)])

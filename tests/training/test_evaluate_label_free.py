@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +14,13 @@ from tests.conftest import encode, noise
 from tests.shapes import SHAPES, draw_shape
 from training.evaluate.descriptors import difference_hash, raw_pixels
 from training.evaluate.edits import EDITS
-from training.evaluate.label_free import compare, label_free, label_free_all, neighbor_agreement
+from training.evaluate.label_free import (
+    compare,
+    editing_side,
+    label_free,
+    label_free_all,
+    neighbor_agreement,
+)
 from training.evaluate.retrieval import unit_rows
 
 SPEC = PreprocessSpec(size=32, fit="pad")
@@ -42,7 +50,7 @@ def test_edits_change_the_picture_repeatably_and_keep_its_size(name: str) -> Non
     assert difference > 2
 
 
-@pytest.mark.parametrize("size", [(4, 4), (9, 300), (300, 9)])
+@pytest.mark.parametrize("size", [(4, 4), (9, 300), (300, 9), (64, 1), (1, 64)])
 @pytest.mark.parametrize("name", EDITS)
 def test_edits_take_thin_and_tiny_pictures(name: str, size: tuple[int, int]) -> None:
     assert EDITS[name](Image.new("RGB", size, (10, 200, 30)), np.random.default_rng(0)).width > 0
@@ -89,6 +97,47 @@ def test_images_and_a_given_gallery_give_the_same_score(files: list[bytes]) -> N
     assert np.array_equal(from_bytes.ranks, given.ranks)
     images = [Image.fromarray(preprocess(data, PreprocessSpec(size=48)).pixels) for data in files]
     assert np.array_equal(from_bytes.ranks, label_free(raw_pixels, images, SPEC, seed=0, queries=8).ranks)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_thin_pictures_are_edited(files: list[bytes], fit: Literal["crop", "pad"]) -> None:
+    thin = [encode(noise(400, 5, seed), "PNG") for seed in (1, 2)] + [encode(noise(5, 400, 3), "PNG")]
+    found = label_free(raw_pixels, [*files[:3], *thin], PreprocessSpec(size=32, fit=fit), seed=0)
+    assert found.ranks.shape == (len(EDITS), 6) and found.unreadable == 0
+
+
+def test_pictures_that_cannot_be_read_are_left_out_and_counted(files: list[bytes]) -> None:
+    broken = [files[0], b"no picture", *files[1:5], b""]
+    found = label_free(raw_pixels, broken, SPEC, seed=0)
+    assert found.pictures.tolist() == [0, 2, 3, 4, 5] and (found.gallery, found.unreadable) == (5, 2)
+    assert (found.ranks < 5).all()
+    # With features made before the file was damaged: it is still searched, but no longer edited.
+    rows = np.stack([preprocess(data, SPEC).pixels for data in files[:6]])
+    damaged = [*files[:5], b"no picture"]
+    later = label_free(raw_pixels, damaged, SPEC, seed=0, gallery=raw_pixels(rows))
+    assert later.pictures.tolist() == [0, 1, 2, 3, 4] and (later.gallery, later.unreadable) == (6, 1)
+    whole = label_free(raw_pixels, files[:6], SPEC, seed=0, gallery=raw_pixels(rows))
+    np.testing.assert_array_equal(later.ranks, whole.ranks[:, :5])
+    with pytest.raises(RefusalError, match="at least 2"):
+        label_free(raw_pixels, [files[0], b"no picture"], SPEC, seed=0)
+
+
+def test_encoders_of_two_input_sizes_are_compared_on_the_same_edited_pictures(files: list[bytes]) -> None:
+    small, large = SPEC, PreprocessSpec(size=64, fit="pad")
+    seen: list[tuple[int, int]] = []
+
+    def watch(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        seen.append(image.size)
+        return image
+
+    alone = [label_free(raw_pixels, files, spec, seed=0, queries=4, edits={"watch": watch}) for spec in (small, large)]
+    assert set(seen[:4]) == {(64, 64)} and set(seen[4:]) == {(128, 128)}
+    with pytest.raises(ValueError, match="measured on different"):
+        compare(*alone)
+    seen.clear()
+    side = editing_side(32, 64)
+    compare(*(label_free(raw_pixels, files, spec, 0, 4, {"watch": watch}, side=side) for spec in (small, large)))
+    assert set(seen) == {(128, 128)}
 
 
 def test_comparison_is_paired_and_signed(files: list[bytes]) -> None:

@@ -35,6 +35,17 @@ def test_leave_one_out_retrieval_ignores_the_query_itself() -> None:
         retrieve(x, np.arange(4), x, np.arange(4), own=np.arange(4))
 
 
+def test_queries_of_which_only_some_are_in_the_gallery() -> None:
+    gallery, labels = angles(0, 10, 20, 30), np.array([1, 0, 0, 1])
+    # The first query is row 0 itself: 10, 20, 30 are left, relevant at 2. The second is not there: relevant at 0 and 3.
+    own = np.array([0, -1])
+    found = retrieve(angles(0, -1), np.array([1, 1]), gallery, labels, own)
+    assert found.mean_average_precision == pytest.approx((1 / 3 + (1 + 2 / 4) / 2) / 2)
+    assert found.ranks.tolist() == [2, 0]
+    # Without the own row nothing of label 1 is near.
+    assert knn_top1(angles(0), np.array([1]), gallery, labels, np.array([0]), k=1) == 0.0
+
+
 def test_knn_agrees_with_a_plain_loop_and_with_training() -> None:
     rng = np.random.default_rng(0)
     bank, queries = unit_rows(rng.normal(size=(120, 6))), unit_rows(rng.normal(size=(50, 6)))

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from export.bundle import RefusalError
-from training.evaluate.revisited import GroundTruth, QueryTruth, read_ground_truth, revisited, score_rankings
+from export.preprocess import PictureFile
+from training.evaluate.revisited import (
+    GroundTruth,
+    QueryTruth,
+    find_named,
+    read_ground_truth,
+    revisited,
+    score_rankings,
+)
 
 TRUTH = GroundTruth(
     imlist=list("abcdef"),
@@ -59,6 +67,11 @@ def test_features_are_ranked_by_cosine() -> None:
         ({"imlist": ["a"]}, "names position"),
         ({"gnd": [{"easy": [0], "hard": []}, {"easy": [], "hard": [], "junk": []}]}, "gnd.0.junk"),
         ({"imlist": None}, "imlist"),
+        ({"gnd": [{"easy": [0, 3], "hard": [4], "junk": [3]}, TRUTH.gnd[1].model_dump()]}, "3 in both easy and junk"),
+        (
+            {"gnd": [TRUTH.gnd[0].model_dump(), {"easy": [], "hard": [5], "junk": [5]}]},
+            "q1 has position 5 in both hard",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, change: dict[str, object], said: str) -> None:
@@ -66,6 +79,24 @@ def test_a_wrong_file_is_refused(tmp_path: Path, change: dict[str, object], said
     path.write_text(json.dumps({**TRUTH.model_dump(), "bbx": [1, 2], **change}))
     with pytest.raises(RefusalError, match=said):
         read_ground_truth(path)
+
+
+def test_pictures_are_found_by_name_and_a_name_of_several_is_refused(tmp_path: Path) -> None:
+    names = ("a/one.jpg", "b/one.png", "b/two.jpg", "b/caf\u00e9.jpg")
+    pictures = [PictureFile(key, tmp_path / key, 1, 0) for key in names]
+    found = find_named(["two", "two.jpg", "a/one", "one.png", "b/one.png", "cafe\u0301"], pictures, tmp_path)
+    assert [p.key for p in found] == [
+        "b/two.jpg",
+        "b/two.jpg",
+        "a/one.jpg",
+        "b/one.png",
+        "b/one.png",
+        "b/caf\u00e9.jpg",
+    ]
+    with pytest.raises(RefusalError, match=r"names one, which 2 pictures .* a/one\.jpg and b/one\.png"):
+        find_named(["two", "one"], pictures, tmp_path)
+    with pytest.raises(RefusalError, match=r"lacks 1 of the 2 pictures .* three"):
+        find_named(["two", "three"], pictures, tmp_path)
 
 
 def test_a_good_file_is_read_and_a_pickle_is_not_opened(tmp_path: Path) -> None:

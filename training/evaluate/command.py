@@ -9,9 +9,11 @@ OUT/
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from training.evaluate.sheets import neighbor_sheets
 from training.evaluate.tasks import Evaluation
 
 RESULTS_FORMAT = 1
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def evaluate(asked: Evaluate) -> int:
@@ -35,6 +38,7 @@ def evaluate(asked: Evaluate) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise RefusalError("--device cuda was asked for, but torch sees no CUDA device: check nvidia-smi, or use cpu")
+    _refuse(asked)
     device = torch.device("cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu")
     threads = asked.threads or cpu_quota()
     torch.set_num_threads(threads)
@@ -51,9 +55,10 @@ def evaluate(asked: Evaluate) -> int:
         tasks = evaluation.choose()
         console.print(f"tasks: {', '.join(tasks)}" + ("" if asked.tasks else "  (what the data offer)"))
         make_folder(asked.out)
-        results: dict[str, Any] = {task: evaluation.measure(task) for task in tasks}
+        measured: dict[str, Any] = {task: evaluation.measure(task) for task in tasks}
         if len(encoders) == 2:
-            results["agreement"] = evaluation.agreement()
+            measured["agreement"] = evaluation.agreement()
+    results = _unicode(measured)
     _unreadable(evaluation, asked, console)
     for note in evaluation.notes:
         console.print(printable(note))
@@ -63,15 +68,46 @@ def evaluate(asked: Evaluate) -> int:
         "format_version": RESULTS_FORMAT,
         "encoders": {e.extractor.name: e.about | {"digest": e.extractor.digest} for e in encoders},
         "data": evaluation.about_data(),
-        "settings": json.loads(asked.model_dump_json()),
+        "settings": asked.model_dump(),
         "unreadable": len(evaluation.unreadable),
         "notes": evaluation.notes,
         "tasks": results,
     }
-    write_file(asked.out / "results.json", json.dumps(stored, indent=2, ensure_ascii=False))
+    write_file(asked.out / "results.json", json.dumps(_unicode(stored), indent=2, ensure_ascii=False))
     drawn = _draw(evaluation, results, tasks, asked)
-    console.print(f"done: {asked.out / 'results.json'}, {', '.join(drawn)}")
+    console.print(printable(f"done: {asked.out / 'results.json'}, {', '.join(drawn)}"))
     return 0
+
+
+def _refuse(asked: Evaluate) -> None:
+    """What would be ignored, or would spoil the next evaluation. Raises `RefusalError`."""
+    sources = [s for s in (asked.source, asked.against) if s is not None]
+    given = [
+        f"--{name.replace('_', '-')}" for name in ("model", "normalization", "patch_size")
+        if getattr(asked, name) is not None
+    ]  # fmt: skip
+    if given and all(s.is_dir() for s in sources):
+        raise RefusalError(
+            f"{' and '.join(given)} says how to read a file of weights, but {' and '.join(map(str, sources))} says so "
+            "itself: leave it out"
+        )
+    for folder in (asked.data, asked.bank, asked.gallery):
+        if folder is not None and asked.out.resolve().is_relative_to(folder.resolve()):
+            raise RefusalError(
+                f"--out {asked.out} lies in {folder}, so that its plots would count as pictures next time: give a folder "
+                "outside"
+            )
+
+
+def _unicode(value: Any) -> Any:
+    """A JSON value whose texts can be written: bytes of a path that are not UTF-8 (Python's surrogates) become U+FFFD."""
+    if isinstance(value, dict):
+        return {_unicode(key): _unicode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_unicode(item) for item in value]
+    if isinstance(value, str | Path):
+        return _SURROGATES.sub("\ufffd", str(value))
+    return value
 
 
 def _draw(evaluation: Evaluation, results: dict[str, Any], tasks: list[Task], asked: Evaluate) -> list[str]:
@@ -89,8 +125,10 @@ def _unreadable(evaluation: Evaluation, asked: Evaluate, console: Console) -> No
     write_unreadable(asked.out / "unreadable.tsv", found)
     if found:
         console.print(
-            f"{len(found)} files are skipped, for example {printable(found[0][0])}: {printable(found[0][1])} (all in "
-            f"{asked.out / 'unreadable.tsv'})"
+            printable(
+                f"{len(found)} files are skipped, for example {found[0][0]}: {found[0][1]} (all in "
+                f"{asked.out / 'unreadable.tsv'})"
+            )
         )
 
 

@@ -45,8 +45,8 @@ class Evaluate(BaseModel):
     """timm's name of the architecture, for a file of weights."""
     patch_size: int | None = Field(None, ge=2, le=64)
     """Side of a patch, for a file of weights whose patches are not the model's usual ones."""
-    normalization: Literal["imagenet", "model"] = "imagenet"
-    """For a file of weights: mean and deviation of ImageNet, or those that timm names for the model."""
+    normalization: Literal["imagenet", "model"] | None = None
+    """For a file of weights: mean and deviation of ImageNet (where absent), or those that timm names for the model."""
     image_size: int | None = Field(None, ge=16, le=2048)
     """Input height and width, in pixels; for revisited, the longer side. Runs and weights only."""
     fit: Literal["crop", "pad"] | None = None

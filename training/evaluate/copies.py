@@ -38,6 +38,8 @@ class CopyTask(NamedTuple):
     """Per query: places in `gallery` that it was made from; empty for a negative."""
     transforms: list[str]
     """Per query: what was done to it, '' where unknown."""
+    lost: int = 0
+    """Queries that are called so, but whose original the gallery lacks by its name: they count as negatives."""
 
 
 class CopyDetection(NamedTuple):
@@ -83,7 +85,8 @@ def roles(pictures: list[PictureFile]) -> CopyTask | None:
     for place, i in enumerate(gallery):
         at.setdefault(known[i][2], []).append(place)
     originals = [at.get(known[i][2], []) if known[i][0] == "query" else [] for i in queries]
-    return CopyTask(queries, gallery, originals, [known[i][1] for i in queries])
+    lost = sum(known[i][0] == "query" and not found for i, found in zip(queries, originals, strict=True))
+    return CopyTask(queries, gallery, originals, [known[i][1] for i in queries], lost)
 
 
 def _role(key: str) -> tuple[str, str, str] | None:
@@ -107,33 +110,35 @@ def _kind(word: str) -> str:
 def from_pairs(queries: list[PictureFile], gallery: list[PictureFile], pairs: dict[str, list[str]]) -> CopyTask:
     """`--pairs`: queries → their originals, each by its key, or by its file name where no other picture has that name.
 
-    Rows of `gallery` follow those of `queries`. A query that the list lacks is a negative. Raises `RefusalError` when an
-    original is not in the gallery, and for a list that names no query.
+    Rows of `gallery` follow those of `queries`. A query that the list lacks is a negative; an original that is named
+    twice counts once. Raises `RefusalError` for a query or an original that is not there.
     """
     place, known = _by_name(gallery), _by_name(queries)
-    named_queries = {known[name]: originals for name, originals in pairs.items() if name in known}
-    if not named_queries:
+    originals: list[list[int]] = [[] for _ in queries]
+    strange = [name for name in pairs if name not in known]
+    if strange:
         raise RefusalError(
-            f"--pairs names none of the {len(queries)} queries, but for example {next(iter(pairs))}: expected paths "
-            f"relative to the folder of the queries, such as {queries[0].key}"
+            f"{len(strange)} of the {len(pairs)} queries that --pairs names are not among the {len(queries)} pictures, for "
+            f"example {strange[0]}: expected paths relative to the folder of the queries, such as {queries[0].key}, or "
+            "file names that only one of them has"
         )
-    originals = []
-    for number, picture in enumerate(queries):
-        named = named_queries.get(number, [])
+    for query, named in pairs.items():
         lost = [name for name in named if name not in place]
         if lost:
             raise RefusalError(
-                f"--pairs names {lost[0]} as the original of {picture.key}, but the gallery of {len(gallery)} pictures "
-                "lacks it: give its path relative to the gallery folder"
+                f"--pairs names {lost[0]} as the original of {query}, but the gallery of {len(gallery)} pictures lacks it: "
+                "give its path relative to the gallery folder"
             )
-        originals.append([place[name] for name in named])
+        mine = originals[known[query]]
+        mine += dict.fromkeys(place[name] for name in named if place[name] not in mine)
     return _task(queries, gallery, originals)
 
 
 def _by_name(pictures: list[PictureFile]) -> dict[str, int]:
     """Place of each picture by its key, and by its file name where that is unique."""
-    counts = Counter(p.path.name for p in pictures)
-    names = {p.path.name: i for i, p in enumerate(pictures) if counts[p.path.name] == 1}
+    file_names = [PurePosixPath(p.key).name for p in pictures]
+    counts = Counter(file_names)
+    names = {name: i for i, name in enumerate(file_names) if counts[name] == 1}
     return names | {p.key: i for i, p in enumerate(pictures)}
 
 
@@ -142,7 +147,8 @@ def by_stem(queries: list[PictureFile], gallery: list[PictureFile]) -> CopyTask:
     at: dict[str, list[int]] = {}
     for i, picture in enumerate(gallery):
         at.setdefault(PurePosixPath(picture.key).stem, []).append(i)
-    return _task(queries, gallery, [at.get(PurePosixPath(p.key).stem, []) for p in queries])
+    task = _task(queries, gallery, [at.get(PurePosixPath(p.key).stem, []) for p in queries])
+    return task._replace(lost=sum(not found for found in task.originals))
 
 
 def _task(queries: list[PictureFile], gallery: list[PictureFile], originals: list[list[int]]) -> CopyTask:

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from export.bundle import Bundle, Embeddings, RefusalError, read_run, sha256_file, sha256_json, tensors_sha256
+from export.bundle import (
+    Bundle,
+    Embeddings,
+    RefusalError,
+    printable,
+    read_run,
+    sha256_file,
+    sha256_json,
+    tensors_sha256,
+)
 from export.preprocess import Pixels, PreprocessSpec
 from training.encoder import VisionTransformer, build_vit, load_initial, native_sizes, reset_linear_layers
 from training.evaluate.config import Evaluate
@@ -104,9 +113,7 @@ def open_source(source: Path, asked: Evaluate, device: torch.device, threads: in
 def _open_bundle(folder: Path, asked: Evaluate, threads: int) -> Encoder:
     from export.runtime import Runtime
 
-    given = [
-        f"--{name.replace('_', '-')}" for name in ("fit", "image_size", "model") if getattr(asked, name) is not None
-    ]
+    given = [f"--{name.replace('_', '-')}" for name in ("fit", "image_size") if getattr(asked, name) is not None]
     if given:
         raise RefusalError(
             f"{folder} is a bundle, whose preprocessing is fixed: leave out {' and '.join(given)}, or evaluate the run"
@@ -171,9 +178,14 @@ def _open_weights(path: Path, asked: Evaluate, device: torch.device) -> Encoder:
         said = str(e).replace("--init ", "").replace("--encoder, --patch-size", "--model, --patch-size")
         raise RefusalError(said) from e
     config: Any = vit.pretrained_cfg
-    normal = IMAGENET if asked.normalization == "imagenet" else (tuple(config["mean"]), tuple(config["std"]))
+    normal = (tuple(config["mean"]), tuple(config["std"])) if asked.normalization == "model" else IMAGENET
     prepared = _preprocess(PreprocessSpec(size=size), asked)
-    about = {"kind": "weights", "model": asked.model, "kwargs": kwargs, "normalization": asked.normalization}
+    about = {
+        "kind": "weights",
+        "model": asked.model,
+        "kwargs": kwargs,
+        "normalization": asked.normalization or "imagenet",
+    }
     return _network_encoder("weights", path, vit, build, False, normal, sha256_file(path), prepared, about, asked,
                             device)  # fmt: skip
 
@@ -209,7 +221,7 @@ def _preprocess(spec: PreprocessSpec, asked: Evaluate) -> PreprocessSpec:
 
 
 def _name(source: Path) -> str:
-    return source.resolve().name
+    return printable(source.resolve().name)
 
 
 def multi_scale(encoder: Encoder) -> Extractor:

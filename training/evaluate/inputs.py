@@ -15,7 +15,7 @@ from training.evaluate.descriptors import BASELINES
 from training.evaluate.encoders import Encoder
 from training.evaluate.features import Extractor, Features, extract
 from training.evaluate.metrics import Curve
-from training.evaluate.pictures import Labels, PictureSet, digest, enumerate_classes, read_set
+from training.evaluate.pictures import Labels, PictureSet, digest, enumerate_classes, own_rows, read_set
 
 Numbers = npt.NDArray[np.int64]
 
@@ -30,8 +30,21 @@ class Labelled(NamedTuple):
     gallery_rows: dict[str, Embeddings]
     gallery_labels: Numbers
     own: Numbers | None
-    """Each query's row in the gallery where the two are one set (leave-one-out)."""
+    """[Q] each query's own row in the gallery, −1 where it is not there; None where no query is."""
     classes: list[str]
+
+    @property
+    def leave_one_out(self) -> bool:
+        """Whether queries and gallery are one set."""
+        return self.gallery is self.queries
+
+    @property
+    def searched(self) -> str:
+        """What was searched, for the protocol."""
+        if self.leave_one_out:
+            return "leave-one-out"
+        without = "" if self.own is None else ", without the query's own file"
+        return f"{self.gallery.name} {self.gallery.folder}{without}"
 
 
 class Inputs:
@@ -87,9 +100,17 @@ class Inputs:
         return self._features[key]
 
     def labelled(self, search: PictureSet | None, role: str) -> Labelled:
-        """The labelled, readable pictures; leave-one-out where there is no second set."""
+        """The labelled, readable pictures; leave-one-out where there is no second set, or where it is the same folder.
+
+        A query that lies in a second set itself is left out of its own answer (`Labelled.own`).
+        """
         queries, q_rows, q_names = self._with_labels(self.data)
-        if search is None:
+        if search is None or self.is_data(search):
+            if len(q_names) < 2:
+                raise RefusalError(
+                    f"{self.asked.data} holds one labelled, readable picture, leave-one-out needs two: add pictures, or "
+                    f"pass --{role} FOLDER"
+                )
             classes = enumerate_classes(q_names)
             y = classes.numbers[0]
             return Labelled(queries, q_rows, y, queries, q_rows, y, np.arange(len(y)), classes.names)
@@ -107,7 +128,20 @@ class Inputs:
                 f"{int(strange.sum())} of {len(y)} queries have a label that the {role} lacks, for example "
                 f"{q_names[int(np.argmax(strange))]}: wrong in kNN and linear probe, left out of retrieval"
             )
-        return Labelled(queries, q_rows, y, gallery, g_rows, gallery_y, None, classes.names)
+        own = own_rows(queries, gallery)
+        count = int((own >= 0).sum())
+        if not count:
+            return Labelled(queries, q_rows, y, gallery, g_rows, gallery_y, None, classes.names)
+        if len(gallery_y) < 2:
+            raise RefusalError(
+                f"the {role} {search.folder} holds nothing but a query of {self.asked.data}: give other pictures"
+            )
+        self.note(f"{count} of {len(y)} queries are in the {role} themselves: each is left out of its own answer")
+        return Labelled(queries, q_rows, y, gallery, g_rows, gallery_y, own, classes.names)
+
+    def is_data(self, pictures: PictureSet | None) -> bool:
+        """Whether a set is the folder of the queries under another name."""
+        return pictures is not None and pictures.folder.resolve() == self.asked.data.resolve()
 
     def _with_labels(self, pictures: PictureSet) -> tuple[PictureSet, dict[str, Embeddings], list[str | None]]:
         features = self.features_of(pictures)

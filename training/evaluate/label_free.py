@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from export.bundle import Embeddings, RefusalError
-from export.preprocess import Pixels, PreprocessSpec, preprocess
+from export.preprocess import DecodeLimits, Pixels, PreprocessSpec, UnreadablePictureError, preprocess
 from training.evaluate.edits import EDITS, Edit
 from training.evaluate.metrics import Interval, bootstrap
 from training.evaluate.pictures import whole_picture
@@ -29,6 +29,8 @@ Picture = bytes | Image.Image
 
 QUERIES = 500
 BATCH = 64
+# An edit may leave less than the 4 px per side that a user's picture needs: a panorama is thin once it is shrunk.
+_EDITED = DecodeLimits(min_side=1)
 
 
 class LabelFree(NamedTuple):
@@ -43,13 +45,15 @@ class LabelFree(NamedTuple):
     ranks: npt.NDArray[np.int64]
     """[edits, M] rank of the original, from 0."""
     pictures: npt.NDArray[np.int64]
-    """[M] which of the pictures were edited, ascending."""
+    """[M] rows of the pictures that were edited, ascending."""
     gallery: int
     """How many pictures were searched."""
     queries_sha256: str
-    """Names pictures, edits and seed: two results may be compared when theirs are equal."""
+    """Names pictures, their size when edited, edits and seed: two results may be compared when theirs are equal."""
     seed: int
     """Of the edits and the bootstrap."""
+    unreadable: int
+    """Pictures that could not be read: neither searched nor edited."""
 
 
 class Comparison(NamedTuple):
@@ -76,16 +80,24 @@ def label_free(
     queries: int = QUERIES,
     edits: Mapping[str, Edit] = EDITS,
     gallery: Embeddings | None = None,
+    side: int | None = None,
 ) -> LabelFree:
     """Score one encoder. `embed` takes pixels prepared by `spec`, uint8 [M, S, S, 3], and gives float32 [M, D].
 
-    `pictures` (encoded bytes, or RGB images) are all searched; up to `queries` of them, drawn from the seed, are edited
-    with every edit. `gallery` [N, D]: features of the unedited pictures where they exist already. The same pictures,
-    seed and edits give the same queries, whatever the encoder. Raises `RefusalError` for fewer than two pictures, and
-    `UnreadablePictureError` for bytes that are no picture.
+    `pictures` (encoded bytes, or RGB images) are all searched, those that cannot be read left out and counted; up to
+    `queries` of them, drawn from the seed, are edited with every edit, their longer side `side` px (`editing_side` of the
+    encoder's size where absent). `gallery` [N, D]: features of the unedited pictures where they exist already. The same
+    pictures, side, seed and edits give the same queries, whatever the encoder: to compare encoders of several input
+    sizes, give one `side`. Raises `RefusalError` for fewer than two readable pictures.
     """
     galleries = None if gallery is None else {"": gallery}
-    return label_free_all({"": embed}, pictures, spec, seed, queries, edits, galleries)[""]
+    return label_free_all({"": embed}, pictures, spec, seed, queries, edits, galleries, side=side)[""]
+
+
+def editing_side(*sizes: int) -> int:
+    """Longer side, in pixels, at which pictures are edited for encoders of these input sizes: twice the largest one,
+    within 64 … 512, and never below it."""
+    return int(np.clip(2 * max(sizes), 64, max(512, *sizes)))
 
 
 def label_free_all(
@@ -97,41 +109,64 @@ def label_free_all(
     edits: Mapping[str, Edit] = EDITS,
     galleries: Mapping[str, Embeddings] | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    side: int | None = None,
 ) -> dict[str, LabelFree]:
     """`label_free` of several encoders that share a preprocessing; each picture is edited once for all of them."""
-    if len(pictures) < 2:
-        raise RefusalError(f"{len(pictures)} readable pictures, at least 2 are needed to search among: add pictures")
-    rng = np.random.default_rng(_seed(seed, "pictures", 0))
-    chosen = np.sort(rng.choice(len(pictures), min(queries, len(pictures)), replace=False))
+    readable = np.arange(len(pictures))  # what gave `galleries` could be read then
     if galleries is None:
-        galleries = {name: _gallery(embed, pictures, spec) for name, embed in embeds.items()}
-    ranks = {name: np.empty((len(edits), len(chosen)), np.int64) for name in embeds}
-    identity = hashlib.sha256(f"{seed}/{len(pictures)}/{','.join(edits)}".encode())
-    side = int(np.clip(2 * spec.size, 64, max(512, spec.size)))
+        readable, galleries = _galleries(embeds, pictures, spec)
+    if len(readable) < 2:
+        raise RefusalError(f"{len(readable)} readable pictures, at least 2 are needed to search among: add pictures")
+    rng = np.random.default_rng(_seed(seed, "pictures", 0))
+    chosen = np.sort(rng.choice(len(readable), min(queries, len(readable)), replace=False))
+    side = editing_side(spec.size) if side is None else side
+    identity = hashlib.sha256(f"{seed}/{len(readable)}/{side}/{','.join(edits)}".encode())
+    edited_rows: list[int] = []
+    ranks: dict[str, list[npt.NDArray[np.int64]]] = {name: [np.empty((len(edits), 0), np.int64)] for name in embeds}
     for low in range(0, len(chosen), BATCH):
         part = chosen[low : low + BATCH]
-        originals = []
-        for i in part:
-            data = _encoded(pictures[int(i)])
-            identity.update(f"{i}/{hashlib.sha256(data).hexdigest()}".encode())
-            originals.append(whole_picture(data, side))
+        places, originals = [], []
+        for place in part:
+            row = int(readable[place])
+            try:
+                data = _encoded(pictures[row])
+                originals.append(whole_picture(data, side))
+            except UnreadablePictureError:  # gone since its feature was made
+                continue
+            identity.update(f"{row}/{hashlib.sha256(data).hexdigest()}".encode())
+            places.append(place)
+        advance(len(part))
+        if not places:
+            continue
+        rows = readable[places]
+        edited_rows += rows.tolist()
+        found = {name: np.empty((len(edits), len(places)), np.int64) for name in embeds}
         for number, (edit_name, edit) in enumerate(edits.items()):
             edited = []
-            for i, original in zip(part, originals, strict=True):
-                changed = edit(original, np.random.default_rng(_seed(seed, edit_name, int(i))))
-                edited.append(preprocess(_encoded(changed), spec).pixels)
+            for row, original in zip(rows, originals, strict=True):
+                changed = edit(original, np.random.default_rng(_seed(seed, edit_name, int(row))))
+                edited.append(preprocess(_encoded(changed), spec, _EDITED).pixels)
             pixels = np.stack(edited)
             for name, embed in embeds.items():
-                ranks[name][number, low : low + len(part)] = _ranks(unit_rows(embed(pixels)), galleries[name], part)
-        advance(len(part))
-    digest = identity.hexdigest()
-    return {name: _summary(found, list(edits), chosen, len(pictures), digest, seed) for name, found in ranks.items()}
+                found[name][number] = _ranks(unit_rows(embed(pixels)), galleries[name], np.asarray(places))
+        for name in embeds:
+            ranks[name].append(found[name])
+    if not edited_rows:
+        raise RefusalError(f"none of the {len(chosen)} pictures to edit can be read any more: run it again")
+    unreadable = len(pictures) - len(readable) + len(chosen) - len(edited_rows)
+    digest, queried = identity.hexdigest(), np.asarray(edited_rows)
+    return {
+        name: _summary(np.concatenate(parts, 1), list(edits), queried, len(readable), digest, seed, unreadable)
+        for name, parts in ranks.items()
+    }
 
 
 def compare(a: LabelFree, b: LabelFree) -> Comparison:
     """How much better b is than a, paired by picture. Raises `ValueError` unless both answered the same queries."""
     if a.queries_sha256 != b.queries_sha256:
-        raise ValueError("the two scores were measured on different pictures, edits or seeds: measure both alike")
+        raise ValueError(
+            "the two scores were measured on different pictures, sizes, edits or seeds: measure both alike"
+        )
     hits = (b.ranks == 0).mean(0) - (a.ranks == 0).mean(0)  # per picture, over its edits
     reciprocal = (1 / (b.ranks + 1)).mean(0) - (1 / (a.ranks + 1)).mean(0)
     return Comparison(bootstrap(hits, a.seed), bootstrap(reciprocal, a.seed))
@@ -157,21 +192,35 @@ def _ranks(queries: Embeddings, gallery: Embeddings, own: npt.NDArray[np.int64])
     return found
 
 
-def _gallery(embed: Embed, pictures: Sequence[Picture], spec: PreprocessSpec) -> Embeddings:
-    rows = []
+def _galleries(
+    embeds: Mapping[str, Embed], pictures: Sequence[Picture], spec: PreprocessSpec
+) -> tuple[npt.NDArray[np.int64], dict[str, Embeddings]]:
+    """Which pictures can be read, ascending, and their unit rows by each encoder."""
+    readable: list[int] = []
+    rows: dict[str, list[Embeddings]] = {name: [] for name in embeds}
     for low in range(0, len(pictures), BATCH):
-        part = range(low, min(low + BATCH, len(pictures)))
-        rows.append(embed(np.stack([preprocess(_encoded(pictures[i]), spec).pixels for i in part])))
-    return unit_rows(np.concatenate(rows))
+        pixels = []
+        for i in range(low, min(low + BATCH, len(pictures))):
+            try:
+                pixels.append(preprocess(_encoded(pictures[i]), spec).pixels)
+            except UnreadablePictureError:  # the caller is told how many
+                continue
+            readable.append(i)
+        if pixels:
+            for name, embed in embeds.items():
+                rows[name].append(embed(np.stack(pixels)))
+    made = {name: unit_rows(np.concatenate(parts)) for name, parts in rows.items() if parts}
+    return np.asarray(readable, np.int64), made
 
 
 def _summary(
-    ranks: npt.NDArray[np.int64], edits: list[str], chosen: npt.NDArray[np.int64], gallery: int, digest: str, seed: int
-) -> LabelFree:
+    ranks: npt.NDArray[np.int64], edits: list[str], chosen: npt.NDArray[np.int64], gallery: int, digest: str, seed: int,
+    unreadable: int,
+) -> LabelFree:  # fmt: skip
     hits, reciprocal = (ranks == 0).astype(np.float64), 1 / (ranks + 1)
     by_edit = {name: (float(hits[e].mean()), float(reciprocal[e].mean())) for e, name in enumerate(edits)}
     overall = bootstrap(hits.mean(0), seed), bootstrap(reciprocal.mean(0), seed)
-    return LabelFree(*overall, by_edit, ranks, chosen, gallery, digest, seed)
+    return LabelFree(*overall, by_edit, ranks, chosen, gallery, digest, seed, unreadable)
 
 
 def _encoded(picture: Picture) -> bytes:

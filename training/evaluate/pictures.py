@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from export.bundle import RefusalError, list_pictures, sha256_json
@@ -35,34 +37,68 @@ def read_set(name: str, folder: Path, unreadable: list[tuple[str, str]]) -> Pict
     return PictureSet(name, folder, list_pictures(folder, unreadable))
 
 
+def own_rows(queries: PictureSet, gallery: PictureSet) -> npt.NDArray[np.int64]:
+    """[Q] each query's own file in the gallery, −1 where it is not there; links are followed."""
+    rows = {picture.path.resolve(): i for i, picture in enumerate(gallery.pictures)}
+    return np.asarray([rows.get(picture.path.resolve(), -1) for picture in queries.pictures], np.int64)
+
+
 def digest(pictures: Sequence[PictureFile]) -> str:
-    """Hex digest over keys, sizes and times of change, in order: which pictures, without reading them all."""
-    return sha256_json([[p.key, p.size, p.mtime_ns] for p in pictures])
+    """Hex digest over resolved folders, keys, sizes and times of change, in order: which pictures, without reading them.
+
+    Keys, sizes and times alone may be those of another folder, where an archive set all times alike.
+    """
+    folders = {folder: str(folder.resolve()) for folder in {p.path.parent for p in pictures}}
+    return sha256_json([[folders[p.path.parent], p.path.name, p.key, p.size, p.mtime_ns] for p in pictures])
 
 
 class Labels:
     """Label of a picture: from a list (`--labels`), or the first folder below the set's folder.
 
+    A path in the list is absolute, or relative to the folder of its set; a row with an empty label gives none. Raises
+    `RefusalError` for a list that gives one path two labels.
+
     Attributes: `source`, a sentence fragment that says which.
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._table = None if file is None else _read_table(file, ("path", "label"))
-        self._used: set[str] = set()
         self._file = file
+        self._by_path: dict[str, str] | None = None
+        self._used: dict[str, str] = {}  # path in the list → the file that it was taken for
         self.source = "the first folder's name" if file is None else f"the list {file.name}"
+        if file is None:
+            return
+        self._by_path = {}
+        for row in _read_table(file, ("path", "label")):
+            path, label = unicodedata.normalize("NFC", row["path"]), row["label"].strip()
+            if self._by_path.setdefault(path, label) != label:
+                raise RefusalError(
+                    f"{file} gives {path} the labels {self._by_path[path]!r} and {label!r}: leave one row per picture"
+                )
 
     def of(self, pictures: PictureSet) -> list[str | None]:
-        """A label per picture, None where it has none."""
-        if self._table is None:
+        """A label per picture, None where it has none.
+
+        Raises `RefusalError` for a list that names none of them, or whose relative path fits pictures of two sets.
+        """
+        if self._by_path is None:
             names = [p.folder for p in pictures.pictures]
             return [name or None for name in names] if len(set(names)) > 1 else [None] * len(names)
-        by_path = {row["path"]: row["label"] for row in self._table}
-        found = []
+        found: list[str | None] = []
+        named = False
         for picture in pictures.pictures:
-            name = next((n for n in (picture.key, str(picture.path)) if n in by_path), None)
-            found.append(by_path[name] if name is not None else None)
-        if not any(found):
+            whole = str(picture.path.absolute()), str(picture.path.resolve()), str(picture.path)
+            names = [*(unicodedata.normalize("NFC", n) for n in whole), picture.key]
+            name = next((n for n in names if n in self._by_path), None)
+            found.append((self._by_path[name] or None) if name is not None else None)
+            if name is not None:
+                named = True
+                if (first := self._used.setdefault(name, whole[1])) != whole[1]:
+                    raise RefusalError(
+                        f"{self._file} names {name}, which fits both {first} and {whole[1]}: give absolute paths for "
+                        "pictures whose relative paths two folders share"
+                    )
+        if not named:
             raise RefusalError(
                 f"{self._file} names none of the {len(found)} pictures in {pictures.folder}: expected in its column "
                 f"`path` names relative to that folder, such as {pictures.pictures[0].key}"
@@ -71,15 +107,17 @@ class Labels:
 
 
 def read_pairs(file: Path) -> dict[str, list[str]]:
-    """--pairs: query → its originals, from columns `query` and `original`; a query may stand in several rows.
+    """--pairs: query → its originals, from columns `query` and `original`; a query may stand in several rows, and a row
+    that is there twice counts once.
 
     Raises `RefusalError`.
     """
     pairs: dict[str, list[str]] = {}
     for row in _read_table(file, ("query", "original")):
-        pairs.setdefault(row["query"], [])
-        if row["original"]:
-            pairs[row["query"]].append(row["original"])
+        query, original = (unicodedata.normalize("NFC", row[column]) for column in ("query", "original"))
+        originals = pairs.setdefault(query, [])
+        if original and original not in originals:
+            originals.append(original)
     return pairs
 
 

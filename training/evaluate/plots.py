@@ -29,6 +29,12 @@ _HEADLINES = {
 }
 
 
+def drawn(name: str) -> str:
+    """A name as matplotlib draws it letter by letter: `$` begins no formula, a leading `_` hides no legend entry."""
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def bars(results: dict[str, Any], encoders: list[str], path: Path) -> str:
     """A bar chart per task: encoders beside baselines. Returns the file's name."""
     figure = Figure(figsize=(0.6 + 3.2 * len(results), 3.6), layout="constrained")
@@ -38,8 +44,9 @@ def bars(results: dict[str, Any], encoders: list[str], path: Path) -> str:
         values = {name: 100 * row[key] for name, row in found["results"].items() if key in row}
         names = list(values)
         colors = [_ENCODERS[encoders.index(n)] if n in encoders else _GREY for n in names]
-        drawn = axis.barh(names, [values[n] for n in names], color=colors)
-        axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
+        shown = axis.barh(range(len(names)), [values[n] for n in names], color=colors)
+        axis.set_yticks(range(len(names)), [drawn(n) for n in names])
+        axis.bar_label(shown, fmt="%.1f", padding=2, fontsize=7)
         axis.invert_yaxis()
         axis.set_xlim(0, max(1.0, 1.18 * max(values.values(), default=1.0)))
         axis.set_title(f"{title}, %", fontsize=9)
@@ -53,7 +60,7 @@ def precision_recall(curves: dict[str, Curve], path: Path) -> str:
     figure = Figure(figsize=(5, 4), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
-        axis.step(100 * curve.recall, 100 * curve.precision, where="post", label=name, linewidth=1.2)
+        axis.step(100 * curve.recall, 100 * curve.precision, where="post", label=drawn(name), linewidth=1.2)
     axis.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 102), title="copy detection")
     axis.axhline(90, color=_GREY, linewidth=0.6, linestyle="--")
     axis.legend(fontsize=7, loc="lower left")

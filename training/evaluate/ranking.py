@@ -73,13 +73,18 @@ def top_k(
 def full_rankings(
     queries: Embeddings, gallery: Embeddings, own: Rows | None = None, chunk: int = 256
 ) -> Iterator[tuple[int, Neighbors]]:
-    """The whole gallery ranked for each query, in chunks: (first query, neighbours). For mAP."""
+    """The whole gallery ranked for each query, in chunks: (first query, neighbours). For mAP.
+
+    `own` as in `top_k`. Where it is −1 for some queries only, N rows are returned, and the others' own row is the last,
+    with a score of −∞.
+    """
+    left_out = int(own is not None and bool((own >= 0).all()))
     wide = gallery.astype(np.float64)
     for low in range(0, len(queries), chunk):
         exact = (queries[low : low + chunk].astype(np.float64) @ wide.T).astype(np.float32)
         rows = np.broadcast_to(np.arange(len(gallery)), exact.shape)
         mine = None if own is None else own[low : low + chunk]
-        yield low, Neighbors(*_ordered(exact, rows, mine, len(gallery) - int(own is not None)))
+        yield low, Neighbors(*_ordered(exact, rows, mine, len(gallery) - left_out))
 
 
 def _ordered(scores: Embeddings, rows: Rows, own: Rows | None, k: int) -> tuple[Embeddings, Rows]:

@@ -35,12 +35,13 @@ def retrieve(
 ) -> Retrieval:
     """Rank the gallery by cosine for each query; relevant is what has the query's label. Ties by gallery order.
 
-    `own` [Q]: each query's own gallery row, which is neither ranked nor relevant (leave-one-out).
+    `own` [Q]: each query's own gallery row, which is neither ranked nor relevant (leave-one-out), −1 for none.
     Raises `ValueError` when no query has a relevant picture.
     """
     precisions, firsts, counted = [], [], []
     for low, found in full_rankings(queries, gallery, own):
         relevant = gallery_labels[found.rows] == labels[low : low + len(found.rows), None]
+        relevant &= np.isfinite(found.scores)  # the query's own row
         for q in np.flatnonzero(relevant.any(axis=1)):
             ranks = np.flatnonzero(relevant[q])
             precisions.append(average_precision(ranks, len(ranks)))

@@ -8,7 +8,8 @@ The public files are Python pickles, which run code when opened; docs/evaluation
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import unicodedata
+from pathlib import Path, PurePosixPath
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -88,6 +89,10 @@ def read_ground_truth(path: Path) -> GroundTruth:
     if len(truth.gnd) != len(truth.qimlist):
         raise RefusalError(f"{path} has {len(truth.qimlist)} queries and {len(truth.gnd)} entries in gnd: {form}")
     for name, query in zip(truth.qimlist, truth.gnd, strict=True):
+        lists = {part: set(getattr(query, part)) for part in ("easy", "hard", "junk")}
+        for a, b in (("easy", "hard"), ("easy", "junk"), ("hard", "junk")):
+            if both := lists[a] & lists[b]:
+                raise RefusalError(f"{path}: query {name} has position {min(both)} in both {a} and {b}: {form}")
         highest = max([*query.easy, *query.hard, *query.junk], default=-1)
         if highest >= len(truth.imlist):
             raise RefusalError(
@@ -97,18 +102,32 @@ def read_ground_truth(path: Path) -> GroundTruth:
 
 
 def find_named(names: list[str], pictures: list[PictureFile], folder: Path) -> list[PictureFile]:
-    """The picture of each name, with or without suffix, anywhere below the folder. Raises `RefusalError`."""
-    by_name: dict[str, PictureFile] = {}
+    """The picture of each name, with or without suffix, anywhere below the folder.
+
+    Raises `RefusalError` for a name that no picture has, and for one that several have; a path names one picture.
+    """
+    by_path: dict[str, PictureFile] = {}
+    by_name: dict[str, list[PictureFile]] = {}
     for picture in pictures:
-        for name in (picture.path.name, picture.path.stem, picture.key, picture.key.rsplit(".", 1)[0]):
-            by_name.setdefault(name, picture)
-    lost = [name for name in names if name not in by_name]
+        by_path[picture.key] = picture
+        path = PurePosixPath(picture.key)
+        for name in dict.fromkeys((path.name, path.stem, str(path.with_suffix("")))):
+            by_name.setdefault(name, []).append(picture)
+    names = [unicodedata.normalize("NFC", name) for name in names]
+    lost = [name for name in names if name not in by_path and name not in by_name]
     if lost:
         raise RefusalError(
             f"{folder} lacks {len(lost)} of the {len(names)} pictures that the ground truth names, for example {lost[0]}: "
             "give the folder that holds the data set's pictures"
         )
-    return [by_name[name] for name in names]
+    several = next((name for name in names if name not in by_path and len(by_name[name]) > 1), None)
+    if several is not None:
+        first, second, *_ = by_name[several]
+        raise RefusalError(
+            f"the ground truth names {several}, which {len(by_name[several])} pictures in {folder} are called, for example "
+            f"{first.key} and {second.key}: give a folder that holds the data set's pictures alone"
+        )
+    return [by_path[name] if name in by_path else by_name[name][0] for name in names]
 
 
 def revisited(queries: Embeddings, gallery: Embeddings, truth: GroundTruth) -> dict[str, Revisited]:

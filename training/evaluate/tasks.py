@@ -13,9 +13,9 @@ from training.evaluate.config import Task
 from training.evaluate.edits import EDITS
 from training.evaluate.encoders import multi_scale
 from training.evaluate.inputs import Inputs, Labelled, Numbers
-from training.evaluate.label_free import LabelFree, compare, label_free_all, neighbor_agreement
+from training.evaluate.label_free import LabelFree, compare, editing_side, label_free_all, neighbor_agreement
 from training.evaluate.linear import linear_probe
-from training.evaluate.pictures import LazyPictures, PictureSet, read_pairs
+from training.evaluate.pictures import LazyPictures, PictureSet, own_rows, read_pairs
 from training.evaluate.retrieval import knn_top1, retrieve
 from training.evaluate.revisited import find_named, read_ground_truth, revisited
 from training.knn import K
@@ -37,7 +37,8 @@ class Evaluation(Inputs):
         # Folders that say what a copy was made by are no classes.
         if self.asked.tasks is None and self.asked.labels is None:
             labels = [] if self.roles or self.asked.pairs or self.asked.ground_truth else labels
-        alone = self.bank is None and self.gallery is None
+        alone = all(s is None or self.is_data(s) for s in (self.bank, self.gallery))
+        trained_on = self.bank or self.gallery
         if not labels:
             for task in _LABELLED:
                 offered[task] = (
@@ -46,8 +47,11 @@ class Evaluation(Inputs):
         elif alone and len(set(labels)) == len(labels):
             for task in _LABELLED:
                 offered[task] = f"every picture in {self.asked.data} has a label of its own: pass --gallery FOLDER"
-        elif alone:
-            offered["linear"] = "the linear probe needs training pictures: pass --bank FOLDER with the same labels"
+        elif trained_on is None or self.is_data(trained_on):
+            offered["linear"] = (
+                f"the linear probe needs training pictures that are not {self.asked.data}: pass --bank FOLDER with the "
+                "same labels"
+            )
         if self.roles is None and (self.asked.pairs is None or self.gallery is None):
             by_name = self.gallery is not None and "copies" in (self.asked.tasks or ())
             if not by_name:
@@ -57,12 +61,18 @@ class Evaluation(Inputs):
                 )
         if self.asked.ground_truth is None:
             offered["revisited"] = "the revisited protocol needs its ground truth: pass --ground-truth FILE (JSON)"
-        if self.asked.tasks is None:
-            return [task for task, lack in offered.items() if lack is None]
-        for task in self.asked.tasks:
-            if (lack := offered[task]) is not None:
-                raise RefusalError(f"--tasks {task}: {lack}")
-        return list(dict.fromkeys(self.asked.tasks))
+        chosen = [task for task, lack in offered.items() if lack is None]
+        if self.asked.tasks is not None:
+            for task in self.asked.tasks:
+                if (lack := offered[task]) is not None:
+                    raise RefusalError(f"--tasks {task}: {lack}")
+            chosen = list(dict.fromkeys(self.asked.tasks))
+        searched = {"knn": self.bank or self.gallery, "linear": self.bank or self.gallery,
+                    "retrieval": self.gallery or self.bank}  # fmt: skip
+        for task in chosen:  # a list of labels that does not fit is refused before hours of features
+            if (pictures := searched.get(task)) is not None:
+                self.labels.of(pictures)
+        return chosen
 
     def measure(self, task: Task) -> dict[str, Any]:
         """One task's protocol and figures, as results.json stores them."""
@@ -76,7 +86,6 @@ class Evaluation(Inputs):
 
     def _knn(self) -> dict[str, Any]:
         it = self.ranked = self.labelled(self.bank or self.gallery, "bank")
-        how = "leave-one-out" if it.own is not None else f"bank {it.gallery.folder}"
         self._singletons(it)
         results = {
             name: {
@@ -85,14 +94,14 @@ class Evaluation(Inputs):
             for name in self.names()
         }
         return {
-            "protocol": f"[CLS], unit length, weighted vote exp(cos / 0.07) of k = {K}, {how}, labels from "
+            "protocol": f"[CLS], unit length, weighted vote exp(cos / 0.07) of k = {K}, {it.searched}, labels from "
             f"{self.labels.source}",
-            "leave_one_out": it.own is not None, "k": K, "queries": len(it.query_labels),
+            "leave_one_out": it.leave_one_out, "k": K, "queries": len(it.query_labels),
             "bank": len(it.gallery_labels), "classes": len(it.classes), "results": results,
         }  # fmt: skip
 
     def _singletons(self, it: Labelled) -> None:
-        if it.own is not None:
+        if it.leave_one_out:
             alone = int((np.bincount(it.query_labels)[it.query_labels] == 1).sum())
             if alone:
                 self.note(f"{alone} pictures are alone in their class: leave-one-out kNN cannot get them right")
@@ -100,11 +109,25 @@ class Evaluation(Inputs):
     def _linear(self) -> dict[str, Any]:
         it = self.labelled(self.bank or self.gallery, "bank")
         names = self.names(LINEAR_BASELINES)
+        bank = np.arange(len(it.gallery_labels))
+        if it.own is not None:
+            bank = np.setdiff1d(bank, it.own)
+            self.note(
+                f"{len(it.gallery_labels) - len(bank)} pictures of the bank are queries: the linear probe does without"
+            )
+            if not len(bank):
+                raise RefusalError(
+                    f"every picture in {it.gallery.folder} is a query, too: give the linear probe others with --bank"
+                )
         advance = self.bar("linear probe", len(names))
         results = {}
         for name in names:
             probe = linear_probe(
-                it.gallery_rows[name], it.gallery_labels, it.query_rows[name], it.query_labels, self.asked.seed
+                it.gallery_rows[name][bank],
+                it.gallery_labels[bank],
+                it.query_rows[name],
+                it.query_labels,
+                self.asked.seed,
             )
             results[name] = {"top1": probe.top1, "learning_rate": probe.learning_rate,
                              "held_out_top1": {str(k): v for k, v in probe.held_out_top1.items()}}  # fmt: skip
@@ -112,7 +135,7 @@ class Evaluation(Inputs):
         return {
             "protocol": f"logistic regression on standardised [CLS] features, SGD, {probe.epochs} epochs; the learning rate "
             "is chosen on a fifth of the bank, never on the queries",
-            "queries": len(it.query_labels), "bank": len(it.gallery_labels), "classes": len(it.classes),
+            "queries": len(it.query_labels), "bank": len(bank), "classes": len(it.classes),
             "results": results,
         }  # fmt: skip
 
@@ -133,10 +156,10 @@ class Evaluation(Inputs):
         left_out = len(it.query_labels) - counted
         if left_out:
             self.note(f"{left_out} queries have no relevant picture in the gallery and are left out of retrieval")
-        how = "leave-one-out" if it.own is not None else f"gallery {it.gallery.folder}"
         return {
-            "protocol": f"cosine ranking of the whole gallery, relevant = same label, ties by gallery order, {how}",
-            "leave_one_out": it.own is not None, "queries": counted, "queries_without_relevant": left_out,
+            "protocol": f"cosine ranking of the whole gallery, relevant = same label, ties by gallery order, "
+            f"{it.searched}",
+            "leave_one_out": it.leave_one_out, "queries": counted, "queries_without_relevant": left_out,
             "gallery": len(it.gallery_labels), "classes": len(it.classes), "results": results,
         }  # fmt: skip
 
@@ -146,9 +169,20 @@ class Evaluation(Inputs):
         else:
             assert self.gallery is not None
             pictures = self.data.pictures, self.gallery.pictures
+            own = own_rows(self.data, self.gallery)
+            if (own >= 0).any():
+                raise RefusalError(
+                    f"{int((own >= 0).sum())} queries, for example {pictures[0][int(np.argmax(own >= 0))].key}, are in the "
+                    f"gallery {self.gallery.folder} themselves and would find themselves: give one without them"
+                )
             pairs = self.asked.pairs
             task = copies.by_stem(*pictures) if pairs is None else copies.from_pairs(*pictures, read_pairs(pairs))
             everything = PictureSet("queries and gallery", self.data.folder, [*pictures[0], *pictures[1]])
+        if task.lost:
+            self.note(
+                f"{task.lost} of {len(task.queries)} queries have no gallery picture of their name: they count as "
+                "negatives (--pairs FILE says which picture is whose original)"
+            )
         features = self.features_of(everything)
         task, q, g = self._readable(task, features.kept)
         results, found = {}, None
@@ -193,6 +227,12 @@ class Evaluation(Inputs):
     def _label_free(self) -> dict[str, Any]:
         pictures, galleries = self.plain()
         names = self.names(LABEL_FREE_BASELINES)
+        # An edit that training made, too, would measure what was trained for (as training/verdict.py has it).
+        trained_by_gamma = any(e.about.get("views") == "greyscale" for e in self.encoders)
+        edits = {name: edit for name, edit in EDITS.items() if not (trained_by_gamma and name == "gamma")}
+        if trained_by_gamma:
+            self.note("label-free: without the gamma edit, which the `greyscale` views of the training make, too")
+        side = editing_side(*(e.spec.size for e in self.extractors if e.name in names))
         scores: dict[str, LabelFree] = {}
         for spec in dict.fromkeys(e.spec for e in self.extractors):
             mine = {e.name: e for e in self.extractors if e.spec == spec and e.name in names}
@@ -200,7 +240,7 @@ class Evaluation(Inputs):
                 advance = self.bar("edited pictures", min(self.asked.label_free_queries, len(pictures.pictures)))
                 scores |= label_free_all(
                     {name: e.embed for name, e in mine.items()}, LazyPictures(pictures.pictures), spec, self.asked.seed,
-                    self.asked.label_free_queries, EDITS, {name: galleries[name] for name in mine}, advance,
+                    self.asked.label_free_queries, edits, {name: galleries[name] for name in mine}, advance, side,
                 )  # fmt: skip
         results = {
             name: {
@@ -213,13 +253,19 @@ class Evaluation(Inputs):
         }  # fmt: skip
         first = scores[self.encoders[0].extractor.name]
         stored: dict[str, Any] = {
-            "protocol": f"{len(first.pictures)} pictures, each with {len(EDITS)} edits that training does not make, search "
-            "all pictures for their original; a tie counts as not found; standard errors by bootstrap over pictures",
+            "protocol": f"{len(first.pictures)} pictures of {side} px, each with {len(edits)} edits that training does not "
+            "make, search all pictures for their original; a tie counts as not found; standard errors by bootstrap over "
+            "pictures",
+            "edits": list(edits), "side": side,
             "queries": first.ranks.size, "gallery": first.gallery, "queries_sha256": first.queries_sha256,
             "results": results,
         }  # fmt: skip
+        if first.unreadable:
+            self.note(f"label-free: {first.unreadable} pictures could not be read any more and were not edited")
         if len(self.encoders) == 2:
             names = [e.extractor.name for e in self.encoders]
+            if scores[names[0]].queries_sha256 != scores[names[1]].queries_sha256:
+                raise RefusalError(f"pictures of {self.asked.data} changed during the evaluation: run it again")
             difference = compare(scores[names[1]], scores[names[0]])
             stored["difference"] = {
                 "of": f"{names[0]} minus {names[1]}",
@@ -264,7 +310,8 @@ class Evaluation(Inputs):
         scales = "1, 1/√2, 1/2" if self.encoders[0].network is not None else "1 (a bundle has one input size)"
         return {
             "protocol": f"revisited easy, medium, hard; trapezoid AP, junk removed; whole pictures, longer side "
-            f"{self.encoders[0].extractor.spec.size} px, scales {scales}; queries not cropped",
+            f"{self.encoders[0].extractor.spec.size} px, scales {scales}; queries not cropped; "
+            "baselines see the square input",
             "queries": len(truth.qimlist), "gallery": len(truth.imlist), "results": results,
         }  # fmt: skip
 
