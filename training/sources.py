@@ -51,7 +51,7 @@ class SourcePicture:
         return self.folder or None
 
     def read(self) -> bytes:
-        """The encoded picture. Raises `UnreadablePictureError`."""
+        """The encoded picture. Raises `UnreadablePictureError`, from the `OSError` where reading failed."""
         if self.size > DEFAULT_LIMITS.max_bytes:
             raise UnreadablePictureError(
                 "IMAGE_TOO_LARGE",
@@ -60,9 +60,8 @@ class SourcePicture:
         try:
             return self._remote() if isinstance(self.where, str) else self._local(self.where)
         except OSError as e:
-            raise UnreadablePictureError(
-                "IMAGE_UNDECODABLE", f"the file cannot be read ({e.strerror or type(e).__name__})"
-            ) from None
+            why = e.strerror or str(e) or type(e).__name__
+            raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the file cannot be read ({why})") from e
 
     def _local(self, path: Path) -> bytes:
         if self.offset is None:
