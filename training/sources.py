@@ -59,6 +59,8 @@ class SourcePicture:
             )
         try:
             return self._remote() if isinstance(self.where, str) else self._local(self.where)
+        except RefusalError as e:  # of one URL among many
+            raise UnreadablePictureError("IMAGE_UNDECODABLE", str(e)) from None
         except OSError as e:
             why = e.strerror or str(e) or type(e).__name__
             raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the file cannot be read ({why})") from e
@@ -71,14 +73,14 @@ class SourcePicture:
             return file.read(self.size)
 
     def _remote(self) -> bytes:
-        files, path = open_url(str(self.where))
         start = self.offset
         end = None if start is None else start + self.size
         for attempt in range(_ATTEMPTS):
             try:
+                files, path = open_url(str(self.where))
                 data: bytes = files.cat_file(path, start=start, end=end)
                 return data
-            except (FileNotFoundError, PermissionError):
+            except (RefusalError, FileNotFoundError, PermissionError):
                 raise
             except OSError:
                 if attempt == _ATTEMPTS - 1:
@@ -179,6 +181,7 @@ class _Finder:
     def __init__(self, unreadable: list[tuple[str, str]], index_folder: Path | None) -> None:
         self._unreadable = unreadable
         self._index_folder = index_folder
+        self._kinds: dict[tuple[str, ...], str] = {}
 
     def local(self, spec: str) -> Iterator[Picture]:
         """Of a local path or glob."""
@@ -192,7 +195,7 @@ class _Finder:
             fixed = list(_before_magic(path.parts))
             root = Path(*fixed) if fixed else Path()
             for name in sorted(glob.glob(spec, recursive=True)):  # noqa: PTH207 (Path.glob takes no absolute pattern)
-                if Path(name).is_file() and _is(name, (*SUFFIXES, *LIST_SUFFIXES, TAR_SUFFIX)):
+                if Path(name).is_file() and _is(name, (*SUFFIXES, *_named_lists(spec), TAR_SUFFIX)):
                     yield from self._file(Path(name), root)
         else:
             raise RefusalError(f"{spec} does not exist: give a folder, a glob, a list, tar shards or a URL")
@@ -214,10 +217,10 @@ class _Finder:
         for name, info in sorted(infos.items()):
             key = unicodedata.normalize("NFC", name[len(root) :].lstrip("/"))
             size, version = int(info.get("size") or 0), _version(info)
-            full = files.unstrip_protocol(name)
+            full = _chained(url, files.unstrip_protocol(name))
             if info.get("type") == "directory":
                 continue
-            if _is(name, LIST_SUFFIXES):
+            if _is(name, _named_lists(path)):
                 yield from self._listed(full, files.cat_file(name))
             elif _is(name, (TAR_SUFFIX,)):
                 with files.open(name, "rb") as file:
@@ -258,8 +261,11 @@ class _Finder:
             seen[key] = line
             folder = first_folder(key) if label is None and not _URL.match(key) else label or ""
             if remote and not _URL.match(name):
-                name = f"{where.rpartition('/')[0]}/{name}"
+                name = _beside(where, name)
             if _URL.match(name):
+                if reason := self._refused_url(name, f"{where} line {line}"):
+                    self._unreadable.append((key, f"line {line} of the list {reason}"))
+                    continue
                 yield SourcePicture(key, 0, 0, folder, name)
                 continue
             path = Path(where).parent / name
@@ -274,6 +280,46 @@ class _Finder:
                 continue
             yield SourcePicture(key, status.st_size, status.st_mtime_ns, folder, path)
 
+    def _refused_url(self, url: str, place: str) -> str:
+        """Why fsspec cannot open such a URL, '' if it can. Raises `RefusalError` where a package is missing."""
+        kinds = tuple(part.partition("://")[0].lower() for part in url.split("::"))
+        if kinds not in self._kinds:
+            try:
+                import fsspec
+
+                for kind in kinds:
+                    fsspec.get_filesystem_class(kind)
+                self._kinds[kinds] = ""
+            except ImportError as e:
+                raise RefusalError(f"{place} ({url}) needs a package that is not installed ({e}): install it") from None
+            except ValueError as e:
+                self._kinds[kinds] = f"names a URL that fsspec does not know ({e})"
+        return self._kinds[kinds]
+
+
+def _named_lists(pattern: str) -> tuple[str, ...]:
+    """The suffix of lists with which a pattern ends: in folders and under wildcards, lists are taken when asked for."""
+    return tuple(suffix for suffix in LIST_SUFFIXES if pattern.lower().endswith(suffix))
+
+
+def _chained(url: str, found: str) -> str:
+    """The whole address of what was found in a chained URL (`zip://*.png::s3://b/z.zip`); fsspec gives its first part."""
+    head, chained, rest = url.partition("::")
+    if not chained:
+        return found
+    if found.partition("://")[0] == head.partition("://")[0]:
+        return f"{found}::{rest}"
+    return f"{head}::{_chained(rest, found)}"  # a cache, which fsspec leaves out
+
+
+def _beside(url: str, name: str) -> str:
+    """The address of a file in the folder of another."""
+    head, chained, rest = url.partition("::")
+    protocol, is_path, path = head.partition("://")
+    if not is_path:
+        return f"{head}::{_beside(rest, name)}"
+    return f"{protocol}://{path[: path.rfind('/') + 1]}{name}{chained}{rest}"
+
 
 def _before_magic(parts: Sequence[str]) -> Iterator[str]:
     for part in parts[:-1]:
@@ -284,7 +330,18 @@ def _before_magic(parts: Sequence[str]) -> Iterator[str]:
 
 def _version(info: dict[str, Any]) -> int:
     """A number that changes with a remote file: from its etag or checksum, otherwise its time of last change."""
-    for name in ("ETag", "etag", "md5Hash", "md5", "LastModified", "last_modified", "mtime", "updated", "created"):
+    for name in (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "md5",
+        "LastModified",
+        "last_modified",
+        "mtime",
+        "updated",
+        "created",
+        "CRC",
+    ):
         if info.get(name):
             return int.from_bytes(hashlib.sha256(str(info[name]).encode()).digest()[:8], "big") >> 1
     return 0

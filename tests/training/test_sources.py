@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from export.preprocess import PictureFile, UnreadablePictureError, find_pictures
 from tests.conftest import encode, noise
 from tests.shapes import write_shapes
 from training.cache import build_cache
-from training.sources import Sources, list_sources
+from training.sources import SourcePicture, Sources, list_sources
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -207,6 +208,71 @@ def test_urls_of_folders_globs_lists_and_tars(store: str, shard: Path) -> None:
     before = glob.items[0].mtime_ns
     fsspec.filesystem("memory").pipe("/store/a/0.jpg", encode(noise(24, 12, 9)))
     assert list_sources([f"{store}/*/*.jpg"]).items[0].mtime_ns != before  # a changed object is another identity
+
+
+def test_lists_are_taken_by_wildcards_only_when_their_suffix_is_named(store: str, tmp_path: Path) -> None:
+    import fsspec
+
+    (folder := tmp_path / "folder").mkdir()
+    for i in range(3):
+        (folder / f"{i}.jpg").write_bytes(encode(noise(20, 16, i)))
+    (folder / "meta.csv").write_text("camera,lens\nA,B\n")
+    (folder / "list.tsv").write_text("path\n0.jpg\n")
+    assert keys(list_sources([f"{folder}/*"])) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert keys(list_sources([f"{folder}/*.tsv"])) == ["0.jpg"]
+    with pytest.raises(RefusalError, match="names no column 'path'"):
+        list_sources([f"{folder}/*.csv"])
+    fsspec.filesystem("memory").pipe("/store/a/meta.csv", b"camera,lens\nA,B\n")
+    assert keys(list_sources([f"{store}/a"])) == keys(list_sources([f"{store}/a/*"])) == ["0.jpg", "2.jpg"]
+    assert len(list_sources([f"{store}/*.csv"]).items) == 2
+
+
+def test_a_line_with_a_url_that_cannot_be_opened_is_listed_with_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.registry import known_implementations
+
+    (tmp_path / "0.jpg").write_bytes(encode(noise(20, 16)))
+    (tmp_path / "l.csv").write_text("path\n0.jpg\nfoo://bucket/x.jpg\nsimplecache::foo://b/y.jpg\n")
+    sources = list_sources([str(tmp_path / "l.csv")])
+    assert keys(sources) == ["0.jpg"]
+    assert [reason.partition(" (")[0] for _, reason in sources.unreadable] == [
+        f"line {line} of the list names a URL that fsspec does not know" for line in (3, 4)
+    ]
+    # A missing client is for the user to install, before anything is decoded.
+    (tmp_path / "l.csv").write_text("path\n0.jpg\nnone://bucket/x.jpg\n")
+    monkeypatch.setitem(known_implementations, "none", {"class": "no_such_client.Files", "err": "Install it"})
+    with pytest.raises(RefusalError, match=r"l\.csv line 3 .*needs a package that is not installed"):
+        list_sources([str(tmp_path / "l.csv")])
+
+
+@pytest.mark.parametrize("chain", ["memory://store", "simplecache::memory://store", "file"])
+def test_pictures_in_a_zip_archive_are_read(store: str, tmp_path: Path, chain: str) -> None:
+    import fsspec
+
+    pictures = {f"{'ab'[i % 2]}/{i}.jpg": encode(noise(24, 12, i)) for i in range(4)}
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        for name, data in pictures.items():
+            archive.writestr(name, data)
+        archive.writestr("list.csv", "path,label\na/0.jpg,x\n")
+    fsspec.filesystem("memory").pipe("/store/z.zip", (tmp_path / "z.zip").read_bytes())
+    target = (tmp_path / "z.zip").as_uri() if chain == "file" else f"{chain}/z.zip"
+    for spec, expected in (
+        ("zip://*/*.jpg", list(pictures)),
+        ("zip://a", ["0.jpg", "2.jpg"]),
+        ("zip://list.csv", ["a/0.jpg"]),
+    ):
+        items = list_sources([f"{spec}::{target}"]).items
+        assert [item.key for item in items] == sorted(expected)
+        for item in items:
+            assert item.read() == pictures[item.key if "/" in item.key else f"a/{item.key}"]
+    cached = list_sources([f"simplecache::{store}/a"]).items
+    assert len(cached) == 2 and all(item.where.startswith("simplecache::") for item in cached)  # type: ignore[attr-defined]
+    assert [item.read() for item in cached] == [pictures["a/0.jpg"], pictures["a/2.jpg"]]
+    with pytest.raises(UnreadablePictureError):
+        SourcePicture("x", 0, 0, "", f"zip://absent.jpg::{target}").read()
+    with pytest.raises(UnreadablePictureError):
+        SourcePicture("x", 0, 0, "", "zip://without-archive.jpg").read()
 
 
 def test_a_file_url_reads_as_the_folder_does(pictures: Path, tmp_path: Path) -> None:
