@@ -7,7 +7,6 @@ A *spec* is what the user types. `{0000..0009}` expands as in a shell. Tar membe
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
 import stat
 import unicodedata
@@ -21,8 +20,8 @@ from export.preprocess import DEFAULT_LIMITS, SUFFIXES, PictureFile, UnreadableP
 from training.cache import Picture
 from training.lists import LIST_SUFFIXES, read_list
 from training.tars import TAR_SUFFIX, tar_members
+from training.urls import URL, beside, chained, is_url, open_url, version_of, why_unknown
 
-_URL = re.compile(r"^[a-z][a-z0-9+]*(::[a-z][a-z0-9+]*)?://", re.IGNORECASE)
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAGIC = re.compile(r"[*?\[]")
 _ATTEMPTS = 3
@@ -122,7 +121,7 @@ def list_sources(specs: Sequence[str], index_folder: Path | None = None) -> Sour
     if not expanded:
         raise RefusalError("no pictures were named: give a folder, a glob, a list, tar shards or a URL")
     sources = Sources(name=" ".join(specs))
-    if len(expanded) == 1 and not _URL.match(expanded[0]) and Path(expanded[0]).is_dir():
+    if len(expanded) == 1 and not is_url(expanded[0]) and Path(expanded[0]).is_dir():
         folder = Path(expanded[0])
         sources.items += list_pictures(folder, sources.unreadable)
         sources.name = str(folder.resolve())
@@ -131,7 +130,7 @@ def list_sources(specs: Sequence[str], index_folder: Path | None = None) -> Sour
     for spec in expanded:
         unreadable: list[tuple[str, str]] = []
         finder = _Finder(unreadable, index_folder)
-        found = list(finder.remote(spec) if _URL.match(spec) else finder.local(spec))
+        found = list(finder.remote(spec) if is_url(spec) else finder.local(spec))
         if not found:
             why = f": for example {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ": check the spelling"
             raise RefusalError(f"{spec} gives no picture that can be used (.jpg, .png, …){why}")
@@ -160,28 +159,12 @@ def expand_braces(spec: str) -> list[str]:
     return [name for part in names for name in expand_braces(part)]
 
 
-def open_url(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it. Raises `RefusalError` where its client is not installed."""
-    try:
-        import fsspec
-    except ModuleNotFoundError:
-        raise RefusalError(f"{url} needs the package fsspec: pip install fsspec") from None
-    try:
-        files, path = fsspec.core.url_to_fs(url)
-    except ImportError as e:  # fsspec names the missing client
-        raise RefusalError(f"{url} needs a package that is not installed ({e}): install it") from None
-    except ValueError as e:
-        raise RefusalError(f"{url} is no URL that fsspec knows ({e}): use s3://, gs://, https:// or file://") from None
-    return files, path
-
-
 class _Finder:
     """Finds the pictures of one spec."""
 
     def __init__(self, unreadable: list[tuple[str, str]], index_folder: Path | None) -> None:
         self._unreadable = unreadable
         self._index_folder = index_folder
-        self._kinds: dict[tuple[str, ...], str] = {}
 
     def local(self, spec: str) -> Iterator[Picture]:
         """Of a local path or glob."""
@@ -216,8 +199,8 @@ class _Finder:
             raise RefusalError(f"{url} cannot be listed ({reason}): check the address and your access to it") from None
         for name, info in sorted(infos.items()):
             key = unicodedata.normalize("NFC", name[len(root) :].lstrip("/"))
-            size, version = int(info.get("size") or 0), _version(info)
-            full = _chained(url, files.unstrip_protocol(name))
+            size, version = int(info.get("size") or 0), version_of(info)
+            full = chained(url, files.unstrip_protocol(name))
             if info.get("type") == "directory":
                 continue
             if _is(name, _named_lists(path)):
@@ -251,7 +234,7 @@ class _Finder:
 
     def _listed(self, where: str, data: bytes) -> Iterator[SourcePicture]:
         """The pictures of a list; relative paths start at the list's folder."""
-        remote = _URL.match(where) is not None
+        remote = is_url(where)
         seen: dict[str, int] = {}
         for line, name, label in read_list(where, data):
             key = unicodedata.normalize("NFC", name)
@@ -259,11 +242,11 @@ class _Finder:
                 self._unreadable.append((key, f"line {line} of the list repeats line {seen[key]}"))
                 continue
             seen[key] = line
-            folder = first_folder(key) if label is None and not _URL.match(key) else label or ""
-            if remote and not _URL.match(name):
-                name = _beside(where, name)
-            if _URL.match(name):
-                if reason := self._refused_url(name, f"{where} line {line}"):
+            folder = first_folder(key) if label is None and not is_url(key) else label or ""
+            if remote and not is_url(name):
+                name = beside(where, name)
+            if is_url(name):
+                if reason := why_unknown(name, f"{where} line {line}"):
                     self._unreadable.append((key, f"line {line} of the list {reason}"))
                     continue
                 yield SourcePicture(key, 0, 0, folder, name)
@@ -280,45 +263,10 @@ class _Finder:
                 continue
             yield SourcePicture(key, status.st_size, status.st_mtime_ns, folder, path)
 
-    def _refused_url(self, url: str, place: str) -> str:
-        """Why fsspec cannot open such a URL, '' if it can. Raises `RefusalError` where a package is missing."""
-        kinds = tuple(part.partition("://")[0].lower() for part in url.split("::"))
-        if kinds not in self._kinds:
-            try:
-                import fsspec
-
-                for kind in kinds:
-                    fsspec.get_filesystem_class(kind)
-                self._kinds[kinds] = ""
-            except ImportError as e:
-                raise RefusalError(f"{place} ({url}) needs a package that is not installed ({e}): install it") from None
-            except ValueError as e:
-                self._kinds[kinds] = f"names a URL that fsspec does not know ({e})"
-        return self._kinds[kinds]
-
 
 def _named_lists(pattern: str) -> tuple[str, ...]:
     """The suffix of lists with which a pattern ends: in folders and under wildcards, lists are taken when asked for."""
     return tuple(suffix for suffix in LIST_SUFFIXES if pattern.lower().endswith(suffix))
-
-
-def _chained(url: str, found: str) -> str:
-    """The whole address of what was found in a chained URL (`zip://*.png::s3://b/z.zip`); fsspec gives its first part."""
-    head, chained, rest = url.partition("::")
-    if not chained:
-        return found
-    if found.partition("://")[0] == head.partition("://")[0]:
-        return f"{found}::{rest}"
-    return f"{head}::{_chained(rest, found)}"  # a cache, which fsspec leaves out
-
-
-def _beside(url: str, name: str) -> str:
-    """The address of a file in the folder of another."""
-    head, chained, rest = url.partition("::")
-    protocol, is_path, path = head.partition("://")
-    if not is_path:
-        return f"{head}::{_beside(rest, name)}"
-    return f"{protocol}://{path[: path.rfind('/') + 1]}{name}{chained}{rest}"
 
 
 def _before_magic(parts: Sequence[str]) -> Iterator[str]:
@@ -326,25 +274,6 @@ def _before_magic(parts: Sequence[str]) -> Iterator[str]:
         if _MAGIC.search(part):
             return
         yield part
-
-
-def _version(info: dict[str, Any]) -> int:
-    """A number that changes with a remote file: from its etag or checksum, otherwise its time of last change."""
-    for name in (
-        "ETag",
-        "etag",
-        "md5Hash",
-        "md5",
-        "LastModified",
-        "last_modified",
-        "mtime",
-        "updated",
-        "created",
-        "CRC",
-    ):
-        if info.get(name):
-            return int.from_bytes(hashlib.sha256(str(info[name]).encode()).digest()[:8], "big") >> 1
-    return 0
 
 
 def _renamed(item: Picture, key: str) -> Picture:
@@ -360,5 +289,5 @@ def _is(name: str, suffixes: tuple[str, ...]) -> bool:
 
 def _stem(spec: str) -> str:
     """A short name of a spec: its last part that holds no wildcard."""
-    parts = [part for part in _URL.sub("", spec).rstrip("/").split("/") if part and not _MAGIC.search(part)]
+    parts = [part for part in URL.sub("", spec).rstrip("/").split("/") if part and not _MAGIC.search(part)]
     return PurePosixPath(parts[-1]).stem if parts else "pictures"

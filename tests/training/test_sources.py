@@ -178,6 +178,82 @@ def test_a_damaged_tar_gives_what_comes_before_and_says_so(shard: Path, damage: 
     assert sources.unreadable[0][0] == "shard-0000.tar" and "damaged after 2 pictures" in sources.unreadable[0][1]
 
 
+def link(archive: tarfile.TarFile, name: str, target: str, kind: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    archive.addfile(info)
+
+
+def test_links_in_a_tar_are_followed_and_what_cannot_be_read_is_listed(tmp_path: Path) -> None:
+    data, other = encode(noise(20, 16)), encode(noise(16, 16, 5))
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as archive:
+        add(archive, "./a/one.jpg", data)
+        link(archive, "a/hard.jpg", "./a/one.jpg", tarfile.LNKTYPE)
+        link(archive, "b/soft.jpg", "../c/later.jpg", tarfile.SYMTYPE)
+        link(archive, "b/twice.jpg", "soft.jpg", tarfile.SYMTYPE)
+        link(archive, "b/gone.jpg", "../../outside.jpg", tarfile.SYMTYPE)
+        link(archive, "b/loop.jpg", "loop.jpg", tarfile.SYMTYPE)
+        link(archive, "pipe.png", "", tarfile.FIFOTYPE)
+        add(archive, "c/later.jpg", other)
+    for _ in range(2):  # as indexed, and from the stored index
+        sources = list_sources([str(path)], tmp_path / "index")
+        assert {item.key: item.read() for item in sources.items} == {
+            "s/a/one.jpg": data, "s/a/hard.jpg": data, "s/b/soft.jpg": other, "s/b/twice.jpg": other, "s/c/later.jpg": other
+        }  # fmt: skip
+        reasons = dict(sources.unreadable)
+        assert sorted(reasons) == ["s/b/gone.jpg", "s/b/loop.jpg", "s/pipe.png"]
+        assert "leads to ../outside.jpg, which is no file in the tar" in reasons["s/b/gone.jpg"]
+        assert "not a file" in reasons["s/pipe.png"]
+    assert len(list((tmp_path / "index").iterdir())) == 1
+
+
+def test_a_sparse_member_is_listed(tmp_path: Path) -> None:
+    """GNU tar's format 1.0: the map of holes precedes the data, so that the bytes do not lie in one stretch."""
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        add(archive, "whole.jpg", encode(noise(20, 16)))
+        info = tarfile.TarInfo("GNUSparseFile.0/holes.jpg")
+        body = b"1\n0\n512\n".ljust(512, b"\0") + b"x" * 512
+        info.size = len(body)
+        info.pax_headers = {
+            "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "holes.jpg", "GNU.sparse.realsize": "4096"
+        }  # fmt: skip
+        archive.addfile(info, io.BytesIO(body))
+    sources = list_sources([str(tmp_path / "s.tar")])
+    assert keys(sources) == ["s/whole.jpg"] and sources.unreadable[0][0] == "s/holes.jpg"
+    assert "sparse" in sources.unreadable[0][1]
+
+
+def test_a_sample_is_named_up_to_the_first_dot(tmp_path: Path) -> None:
+    """WebDataset: 0001.rgb.png, 0001.mask.png and 0001.cls are one sample; dots of folders do not count."""
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("0001.rgb.png", "0001.mask.png", "v1.0/0002.left.png", "v1.0/0003.png"):
+            add(archive, name, encode(noise(16, 16), "PNG"))
+        add(archive, "0001.cls", b"cat")
+        add(archive, "v1.0/0002.cls", b"dog\n")
+        add(archive, "v1.cls", b"wrong")
+    assert list_sources([str(tmp_path / "s.tar")]).labels == ["cat", "cat", "dog", "v1.0"]
+
+
+def test_tars_one_after_another_in_a_file_are_all_read(shard: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second.tar"
+    with tarfile.open(second, "w") as archive:
+        for i in range(3):
+            add(archive, f"more-{i}.jpg", encode(noise(20, 16, i)))
+        add(archive, "more-0.cls", b"more")
+    both = tmp_path / "both.tar"
+    both.write_bytes(shard.read_bytes() + second.read_bytes())
+    sources, first, last = (list_sources([str(path)]) for path in (both, shard, second))
+    assert [item.read() for item in sources.items] == [item.read() for item in first.items + last.items]
+    assert sources.labels == first.labels + last.labels and not sources.unreadable
+    both.write_bytes(shard.read_bytes() + b"rubbish" * 200)
+    sources = list_sources([str(both)])
+    assert len(sources.items) == 4 and "damaged after 4 pictures" in sources.unreadable[0][1]
+    both.write_bytes(shard.read_bytes() * 2)  # names that repeat are other samples
+    sources = list_sources([str(both)])
+    assert len(set(keys(sources))) == 8 and sources.labels == first.labels * 2
+
+
 @pytest.fixture
 def store(shard: Path) -> Iterator[str]:
     """fsspec's file system in memory, with a folder, a list and a tar."""
