@@ -251,7 +251,7 @@ class PictureFile(NamedTuple):
         return first_folder(self.key)
 
     def read(self, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
-        """The file's bytes. Raises `UnreadablePictureError` when it is too large or cannot be read."""
+        """The file's bytes. Raises `UnreadablePictureError` when it is too large, or (from the `OSError`) cannot be read."""
         if self.size > limits.max_bytes:
             raise UnreadablePictureError(
                 "IMAGE_TOO_LARGE",
@@ -260,7 +260,7 @@ class PictureFile(NamedTuple):
         try:
             return self.path.read_bytes()
         except OSError as e:
-            raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the file cannot be read ({e.strerror})") from None
+            raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the file cannot be read ({e.strerror})") from e
 
 
 def first_folder(key: str) -> str:

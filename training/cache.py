@@ -1,21 +1,23 @@
 """Pictures decoded once and kept shrunk: checksummed shards of uint8 pixels that a killed build finds again.
 
 cache/
-    pixels-00000.npy     uint8 [n, S, S, 3], whole pictures squeezed to squares
-    pixels-00000.json    what they came from, aspect ratios, perceptual hashes, checksums; makes the shard valid
-    groups.npz           near-duplicate groups, for the hashes they were made from
-    near-duplicates.tsv  the same for people: group and key, a line per picture that has a near-duplicate
+    96px-1f3b09ac/           size, and the digest of what was listed: other pictures or another size never overwrite it
+        pixels-00000.npy     uint8 [n, S, S, 3], whole pictures squeezed to squares
+        pixels-00000.json    what they came from, aspect ratios, perceptual hashes, checksums; makes the shard valid
+        groups.npz           near-duplicate groups, for the hashes they were made from
+        near-duplicates.tsv  the same for people: group and key, a line per picture that has a near-duplicate
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +25,14 @@ import torch
 from torch import Tensor
 
 from export.bundle import DataFingerprint, RefusalError, make_folder, printable, publish, sha256_json, write_file
-from export.preprocess import Pixels, Prepared, PreprocessSpec, UnreadablePictureError, preprocess
-from training.duplicates import Hashes, difference_hash, near_duplicates
+from export.preprocess import Pixels, PreprocessSpec
+from training.duplicates import Hashes, near_duplicates
+from training.shards import Verify, is_whole, plan_shards, read_again, read_note, write_shard
 
 SHARD_BYTES = 2**28
 SHARD_PICTURES = 2048
 FULL_CHECK_BYTES = 2 * 2**30
 LARGEST_GROUP = 0.1  # share of the pictures; a larger group says that the hash cannot tell them apart
-
-Verify = Literal["auto", "full", "sampled"]
 
 
 class Picture(Protocol):
@@ -54,7 +55,7 @@ class Picture(Protocol):
         """Label, or ''."""
 
     def read(self) -> bytes:
-        """The encoded picture. Raises `UnreadablePictureError`."""
+        """The encoded picture. Raises `UnreadablePictureError`, from the `OSError` where reading failed."""
 
 
 class PictureCache:
@@ -127,56 +128,75 @@ class PictureCache:
 
 def build_cache(
     folder: Path, items: Sequence[Picture], name: str, size: int, threads: int, progress: Callable[[int], None],
-    verify: Verify = "auto",
+    verify: Verify = "auto", retry: bool = True,
 ) -> PictureCache:  # fmt: skip
-    """Decode `items` into shards below `folder`, `size` pixels wide and high; shards that are there and whole are kept.
+    """Decode `items` into shards, `size` pixels wide and high; shards that are there and whole are kept.
 
-    `name` says where the pictures came from, for the fingerprint. `progress` gets the number of pictures finished by each
-    shard. `verify` chooses how kept shards are compared with their checksums: every byte, or samples (auto: every byte
-    up to 2 GiB); a shard that fails is decoded again, and `notices` says so.
+    They lie in a folder of their own below `folder`, named by the size and by a digest of `items`; `notices` says when
+    others lie beside it. `name` says where the pictures came from, for the fingerprint. `progress` gets the number of
+    pictures finished by each shard. `verify` chooses how kept shards are compared with their checksums: every byte, or
+    samples (auto: every byte up to 2 GiB); a shard that fails is decoded again, and `notices` says so. `retry` reads
+    again what could not be read before (`EIO`, `EACCES`, connections); without it the pictures of a cache stay the same.
 
-    Raises `RefusalError` when the disk has no room.
+    Raises `RefusalError` when the disk has no room, or a tenth of a shard's pictures cannot be read.
     """
-    make_folder(folder)
     spec = PreprocessSpec(size=size, fit="squeeze")
     each = 3 * size * size
-    rows = max(64, min(SHARD_PICTURES, SHARD_BYTES // each))
+    shards = plan_shards(items, spec, max(64, min(SHARD_PICTURES, SHARD_BYTES // each)))
+    own = folder / f"{size}px-{sha256_json([shard.listing for shard in shards])[:8]}"
+    make_folder(own)
+    shards = [shard.in_folder(own) for shard in shards]
     if verify == "auto":
         verify = "full" if len(items) * each <= FULL_CHECK_BYTES else "sampled"
-    shards: list[Pixels] = []
+    pixels: list[Pixels] = []
     readable: list[Picture] = []
     unreadable: list[tuple[str, str]] = []
     aspects: list[float] = []
     hashes: list[str] = []
+    plain = 0
     notices: list[str] = []
+    notes = [read_note(shard) for shard in shards]
+    absent = sum(len(shard.pictures) for shard, note in zip(shards, notes, strict=True) if note is None)
     with ThreadPoolExecutor(threads) as pool:
-        for number, low in enumerate(range(0, len(items), rows)):
-            part = items[low : low + rows]
-            listing = sha256_json([spec.sha256(), [(p.key, p.size, p.mtime_ns) for p in part]])
-            pixels_file, note_file = folder / f"pixels-{number:05d}.npy", folder / f"pixels-{number:05d}.json"
-            note = _read_note(note_file, listing)
-            if note is not None and not _whole(pixels_file, note, verify):
-                notices.append(f"{pixels_file.name} does not match its checksum: its pictures were decoded again")
+        for shard, note in zip(shards, notes, strict=True):
+            if note is not None and not is_whole(shard, note, verify):
+                notices.append(f"{shard.pixels.name} does not match its checksum: its pictures were decoded again")
                 note = None
+                absent += len(shard.pictures)
             if note is None:
-                _require_room(folder, (len(items) - low) * each)
-                note = _write_shard(part, listing, pixels_file, note_file, spec, pool)
+                _require_room(own, absent * each)
+                note = write_shard(shard, pool)
+                absent -= len(shard.pictures)
+            elif note["unread"] and retry:
+                note = read_again(shard, note, pool)
             if note["keys"]:
-                shards.append(np.load(pixels_file, mmap_mode="r"))
-            unreadable += [(key, reason) for key, reason in note["unreadable"]]
+                pixels.append(np.load(shard.pixels, mmap_mode="r"))
+            unreadable += [(key, reason) for key, reason in note["unreadable"] + note["unread"]]
             aspects += note["aspects"]
             hashes += note["hashes"]
+            plain += note["plain"]
             good = set(note["keys"])
-            readable += [p for p in part if p.key in good]
-            progress(len(part))
+            readable += [p for p in shard.pictures if p.key in good]
+            progress(len(shard.pictures))
     digest = sha256_json([(p.key, p.size) for p in readable])
     # A folder's name may hold bytes that are not UTF-8; what is stored must be text.
     text = name.encode("utf-8", "replace").decode()
     data = DataFingerprint(folder=text, pictures=len(readable), unreadable=len(unreadable), sha256=digest)
     packed = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint64).reshape(-1, 4)
-    groups = _groups(folder, packed, readable, threads, notices)
+    groups = _groups(own, packed, readable, threads, notices)
+    if plain:
+        notices.append(
+            f"{plain:,} of {len(readable):,} pictures have too little structure for the perceptual hash: among them, only "
+            "those with equal pixels are marked as near-duplicates"
+        )
+    count, held = _others(own)
+    if count:
+        notices.append(
+            f"{folder} also holds {held / 1e9:.1f} GB of {count} other cache(s), made of other pictures or at another "
+            f"size: delete what no run needs (this one is {own.name})"
+        )
     return PictureCache(
-        shards,
+        pixels,
         readable,
         torch.tensor(aspects, dtype=torch.float32),
         torch.from_numpy(groups),
@@ -186,91 +206,35 @@ def build_cache(
     )
 
 
-def _require_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _require_room(own: Path, needed: int) -> None:
+    free = shutil.disk_usage(own).free
     if needed > free:
+        count, held = _others(own)
+        older = f" (other caches beside it hold {held / 1e9:.1f} GB)" if count else ""
         raise RefusalError(
-            f"the picture cache needs {needed / 1e9:.1f} GB more in {folder}, where {free / 1e9:.1f} GB are free: make "
-            "room, choose another --out, or a smaller --image-size"
+            f"the picture cache needs {needed / 1e9:.1f} GB more in {own}, where {free / 1e9:.1f} GB are free{older}: "
+            "make room, choose another --out, or a smaller --image-size"
         )
 
 
-def _read_note(path: Path, listing: str) -> dict[str, Any] | None:
-    try:
-        note: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    body = {name: value for name, value in note.items() if name != "seal"}
-    return note if note.get("listing") == listing and note.get("seal") == sha256_json(body) else None
-
-
-def _whole(path: Path, note: dict[str, Any], verify: Verify) -> bool:
-    try:
-        return _checksums(path, verify == "full").items() <= note["checksums"].items()
-    except OSError:
-        return False
-
-
-def _checksums(path: Path, full: bool) -> dict[str, str | int]:
-    """Size, digest of 64 evenly spaced stretches of 64 KiB, and the digest of every byte where `full`."""
-    size, stretch = path.stat().st_size, 2**16
-    sampled = hashlib.sha256()
-    with path.open("rb") as file:
-        for at in np.linspace(0, max(0, size - stretch), 64, dtype=np.int64).tolist():
-            file.seek(at)
-            sampled.update(file.read(stretch))
-        found: dict[str, str | int] = {"bytes": size, "sampled": sampled.hexdigest()}
-        if full:
-            file.seek(0)
-            found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def _write_shard(
-    part: Sequence[Picture], listing: str, pixels_file: Path, note_file: Path, spec: PreprocessSpec,
-    pool: ThreadPoolExecutor,
-) -> dict[str, Any]:  # fmt: skip
-    def decode(picture: Picture) -> Prepared | str:
-        try:
-            return preprocess(picture.read(), spec)
-        except UnreadablePictureError as e:
-            return str(e)
-
-    pixels = np.empty((len(part), spec.size, spec.size, 3), np.uint8)
-    note: dict[str, Any] = {"listing": listing, "keys": [], "aspects": [], "unreadable": []}
-    for picture, result in zip(part, pool.map(decode, part), strict=True):
-        if isinstance(result, str):
-            note["unreadable"].append((picture.key, result))
-        else:
-            pixels[len(note["keys"])] = result.pixels
-            note["keys"].append(picture.key)
-            note["aspects"].append(result.width / result.height)
-    pixels = pixels[: len(note["keys"])]
-    note["hashes"] = [row.tobytes().hex() for row in difference_hash(pixels)]
-    note_file.unlink(missing_ok=True)
-    temporary = pixels_file.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, pixels)
-    note["checksums"] = _checksums(temporary, full=True)
-    publish(temporary, pixels_file)
-    # Through JSON once, so that the seal is of what will be read. The note makes the shard valid.
-    note = json.loads(json.dumps(note))
-    note["seal"] = sha256_json(note)
-    write_file(note_file, json.dumps(note))
-    return note
+def _others(own: Path) -> tuple[int, int]:
+    """How many other caches lie beside this one, and their bytes."""
+    others = [path for path in own.parent.glob("*px-*") if path != own and path.is_dir()]
+    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in others]
+    return len([size for size in sizes if size]), sum(sizes)
 
 
 def _groups(
     folder: Path, hashes: Hashes, pictures: list[Picture], threads: int, notices: list[str]
 ) -> npt.NDArray[np.int64]:
-    """Near-duplicate groups of the pictures, from `groups.npz` where it was made from these hashes."""
+    """Near-duplicate groups of the pictures, from `groups.npz` where it was made from these hashes.
+
+    What is there is not written again: several processes open a finished cache at the same time.
+    """
     made_from = hashlib.sha256(hashes.tobytes()).hexdigest()
-    path = folder / "groups.npz"
-    try:
-        with np.load(path) as stored:
-            groups: npt.NDArray[np.int64] | None = stored["groups"] if str(stored["made_from"]) == made_from else None
-    except (OSError, ValueError, KeyError, EOFError):
-        groups = None
+    path, listed = folder / "groups.npz", folder / "near-duplicates.tsv"
+    groups = _stored_groups(path, made_from)
+    fresh = groups is None
     if groups is None:
         groups = near_duplicates(hashes, threads=threads)
         temporary = folder / ".groups.tmp.npz"
@@ -286,11 +250,21 @@ def _groups(
         groups = np.where(alike, np.arange(len(groups)), groups)
         counts = np.bincount(groups, minlength=len(groups))
     marked = np.flatnonzero(counts[groups] > 1)
-    lines = [(int(groups[i]), printable(pictures[i].key)) for i in marked.tolist()]
-    write_file(folder / "near-duplicates.tsv", "".join(f"{group}\t{key}\n" for group, key in sorted(lines)))
+    if fresh or not listed.is_file():
+        lines = sorted((int(groups[i]), printable(pictures[i].key)) for i in marked.tolist())
+        write_file(listed, "".join(f"{group}\t{key}\n" for group, key in lines))
     if len(marked):
         notices.append(
             f"{len(marked):,} of {len(groups):,} pictures have near-duplicates, in {int((counts > 1).sum()):,} groups "
-            f"({folder / 'near-duplicates.tsv'})"
+            f"({listed})"
         )
     return groups
+
+
+def _stored_groups(path: Path, made_from: str) -> npt.NDArray[np.int64] | None:
+    try:
+        with path.open("rb") as file, np.load(file) as stored:  # np.load alone leaves a damaged file open
+            groups: npt.NDArray[np.int64] = stored["groups"]
+            return groups if str(stored["made_from"]) == made_from else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None  # absent or damaged: made again

@@ -62,20 +62,26 @@ def _pictures(asked: Train, hardware: Hardware, console: Console) -> PictureCach
     sources = list_sources(asked.pictures, asked.out / "cache")
     found, unreadable = sources.items, list(sources.unreadable)
     make_folder(asked.out)
+    # A run goes on with the pictures that it began with, and keeps the list that it began with.
+    started = (asked.out / CHECKPOINT).is_file()
+    listed = (asked.out / "cache" if asked.plan or started else asked.out) / "unreadable.tsv"
     # The number of readable pictures decides the sizes that do not depend on the cache's; decode first.
     draft, _ = resolve(asked, max(len(found), 1), hardware)
     name = os.fsencode(sources.name).decode("utf-8", "replace")
     with bar(console, "decoding", len(found)) as advance:
-        cache = build_cache(asked.out / "cache", found, name, draft.cache_size, hardware.threads, advance)
+        cache = build_cache(
+            asked.out / "cache", found, name, draft.cache_size, hardware.threads, advance,
+            retry=rank() == 0 and not started,
+        )  # fmt: skip
     for notice in cache.notices:
         console.print(notice)
     unreadable += cache.unreadable
     if rank() == 0:
-        write_unreadable(asked.out / "unreadable.tsv", unreadable)
+        write_unreadable(listed, unreadable)
     if unreadable:
         console.print(
             f"{len(unreadable)} of {len(found)} files are skipped, for example {printable(unreadable[0][0])}: "
-            f"{unreadable[0][1]} (all in {asked.out / 'unreadable.tsv'})"
+            f"{unreadable[0][1]} (all in {listed})"
         )
     return cache
 

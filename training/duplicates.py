@@ -5,6 +5,7 @@ KoLeo pushes each embedding away from its nearest; copies of one picture must no
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,7 +20,11 @@ _ROWS, _COLUMNS = 16, 16
 _FLAT = 2.0  # grey levels: a smaller rise is noise, and the same bit in every copy
 MAX_DISTANCE = 16
 """Bits of 256 in which copies may differ."""
-_STRUCTURED = 64  # ones; a hash with fewer comes from a picture with little structure, and must agree better
+_STRUCTURED = 64  # ones, or zeros; a hash with fewer comes from a picture with little structure, and must agree better
+_PLAIN = 16  # ones, or zeros; fewer say nothing
+_PLAIN_CHANGES = (
+    12  # between neighbouring bits of 240, along rows or columns: fewer are stripes, slopes and empty areas
+)
 _BLOCK = 512
 
 
@@ -38,6 +43,20 @@ def difference_hash(pixels: Pixels) -> Hashes:
     return out
 
 
+def perceptual_hash(pixels: Pixels) -> tuple[Hashes, npt.NDArray[np.bool_]]:
+    """`difference_hash` [N, 4], and which pictures [N] are too plain for it: those have the SHA-256 of their pixels
+    instead, so that they group with equal pixels only (stripes, drawings of low contrast and blank pages agree in their
+    zeros without being copies)."""
+    hashes = difference_hash(pixels)
+    bits = np.unpackbits(hashes.view(np.uint8), axis=1).reshape(-1, _ROWS, _COLUMNS)
+    ones = bits.sum((1, 2), dtype=np.int64)
+    changes = np.minimum(np.diff(bits, axis=1).astype(bool).sum((1, 2)), np.diff(bits, axis=2).astype(bool).sum((1, 2)))
+    plain: npt.NDArray[np.bool_] = (np.minimum(ones, _ROWS * _COLUMNS - ones) < _PLAIN) | (changes < _PLAIN_CHANGES)
+    for i in np.flatnonzero(plain).tolist():
+        hashes[i] = np.frombuffer(hashlib.sha256(pixels[i].tobytes()).digest(), np.uint64)
+    return hashes, plain
+
+
 def _area(source: int, cells: int) -> Floats:
     """Weights [cells, source] of the mean over equal stretches of `source` pixels."""
     edges = np.linspace(0, source, cells + 1)
@@ -50,14 +69,15 @@ def _area(source: int, cells: int) -> Floats:
 def near_duplicates(hashes: Hashes, max_distance: int = MAX_DISTANCE, threads: int = 1) -> npt.NDArray[np.int64]:
     """Group ids [N] from hashes uint64 [N, W]: pictures within `max_distance` bits share one, and so do chains of them.
 
-    Where two hashes have fewer than 64 ones on average, `max_distance` shrinks in proportion (two flat pictures agree in
-    their zeros without being copies). Exact: all pairs are compared whose numbers of ones allow it, by their first word
-    before the others; memory does not grow with the pairs. A group's id is the smallest position in it.
+    Where two hashes have fewer than 64 ones (or zeros) on average, `max_distance` shrinks in proportion: two flat
+    pictures agree in most bits without being copies. Exact: all pairs are compared whose numbers of ones allow it, by
+    their first word before the others; memory does not grow with the pairs. A group's id is the smallest position in it.
     """
     unique, inverse = np.unique(hashes, axis=0, return_inverse=True)
     ones = np.bitwise_count(unique).sum(1, dtype=np.int64)
     order = np.argsort(ones, kind="stable")
     sorted_hashes, sorted_ones = np.ascontiguousarray(unique[order].T), ones[order]
+    sorted_structure = np.minimum(sorted_ones, 64 * hashes.shape[1] - sorted_ones)
     ends = np.searchsorted(sorted_ones, sorted_ones + max_distance, side="right")
 
     def pairs(low: int) -> npt.NDArray[np.int64]:
@@ -72,7 +92,7 @@ def near_duplicates(hashes: Hashes, max_distance: int = MAX_DISTANCE, threads: i
             i, j = i + low, j + start
             i, j = i[i < j], j[i < j]
             distance = np.bitwise_count(sorted_hashes[:, i] ^ sorted_hashes[:, j]).sum(0, dtype=np.int64)
-            structure = (sorted_ones[i] + sorted_ones[j]) / (2 * _STRUCTURED)
+            structure = (sorted_structure[i] + sorted_structure[j]) / (2 * _STRUCTURED)
             near = distance <= max_distance * np.minimum(1.0, structure)
             found.append(np.stack([i[near], j[near]], 1))
         return np.concatenate(found)

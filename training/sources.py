@@ -7,7 +7,6 @@ A *spec* is what the user types. `{0000..0009}` expands as in a shell. Tar membe
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
 import stat
 import unicodedata
@@ -21,8 +20,8 @@ from export.preprocess import DEFAULT_LIMITS, SUFFIXES, PictureFile, UnreadableP
 from training.cache import Picture
 from training.lists import LIST_SUFFIXES, read_list
 from training.tars import TAR_SUFFIX, tar_members
+from training.urls import URL, beside, chained, is_url, open_url, version_of, why_unknown
 
-_URL = re.compile(r"^[a-z][a-z0-9+]*(::[a-z][a-z0-9+]*)?://", re.IGNORECASE)
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAGIC = re.compile(r"[*?\[]")
 _ATTEMPTS = 3
@@ -51,7 +50,7 @@ class SourcePicture:
         return self.folder or None
 
     def read(self) -> bytes:
-        """The encoded picture. Raises `UnreadablePictureError`."""
+        """The encoded picture. Raises `UnreadablePictureError`, from the `OSError` where reading failed."""
         if self.size > DEFAULT_LIMITS.max_bytes:
             raise UnreadablePictureError(
                 "IMAGE_TOO_LARGE",
@@ -59,10 +58,11 @@ class SourcePicture:
             )
         try:
             return self._remote() if isinstance(self.where, str) else self._local(self.where)
+        except RefusalError as e:  # of one URL among many
+            raise UnreadablePictureError("IMAGE_UNDECODABLE", str(e)) from None
         except OSError as e:
-            raise UnreadablePictureError(
-                "IMAGE_UNDECODABLE", f"the file cannot be read ({e.strerror or type(e).__name__})"
-            ) from None
+            why = e.strerror or str(e) or type(e).__name__
+            raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the file cannot be read ({why})") from e
 
     def _local(self, path: Path) -> bytes:
         if self.offset is None:
@@ -72,14 +72,14 @@ class SourcePicture:
             return file.read(self.size)
 
     def _remote(self) -> bytes:
-        files, path = open_url(str(self.where))
         start = self.offset
         end = None if start is None else start + self.size
         for attempt in range(_ATTEMPTS):
             try:
+                files, path = open_url(str(self.where))
                 data: bytes = files.cat_file(path, start=start, end=end)
                 return data
-            except (FileNotFoundError, PermissionError):
+            except (RefusalError, FileNotFoundError, PermissionError):
                 raise
             except OSError:
                 if attempt == _ATTEMPTS - 1:
@@ -121,7 +121,7 @@ def list_sources(specs: Sequence[str], index_folder: Path | None = None) -> Sour
     if not expanded:
         raise RefusalError("no pictures were named: give a folder, a glob, a list, tar shards or a URL")
     sources = Sources(name=" ".join(specs))
-    if len(expanded) == 1 and not _URL.match(expanded[0]) and Path(expanded[0]).is_dir():
+    if len(expanded) == 1 and not is_url(expanded[0]) and Path(expanded[0]).is_dir():
         folder = Path(expanded[0])
         sources.items += list_pictures(folder, sources.unreadable)
         sources.name = str(folder.resolve())
@@ -130,7 +130,7 @@ def list_sources(specs: Sequence[str], index_folder: Path | None = None) -> Sour
     for spec in expanded:
         unreadable: list[tuple[str, str]] = []
         finder = _Finder(unreadable, index_folder)
-        found = list(finder.remote(spec) if _URL.match(spec) else finder.local(spec))
+        found = list(finder.remote(spec) if is_url(spec) else finder.local(spec))
         if not found:
             why = f": for example {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ": check the spelling"
             raise RefusalError(f"{spec} gives no picture that can be used (.jpg, .png, …){why}")
@@ -159,21 +159,6 @@ def expand_braces(spec: str) -> list[str]:
     return [name for part in names for name in expand_braces(part)]
 
 
-def open_url(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it. Raises `RefusalError` where its client is not installed."""
-    try:
-        import fsspec
-    except ModuleNotFoundError:
-        raise RefusalError(f"{url} needs the package fsspec: pip install fsspec") from None
-    try:
-        files, path = fsspec.core.url_to_fs(url)
-    except ImportError as e:  # fsspec names the missing client
-        raise RefusalError(f"{url} needs a package that is not installed ({e}): install it") from None
-    except ValueError as e:
-        raise RefusalError(f"{url} is no URL that fsspec knows ({e}): use s3://, gs://, https:// or file://") from None
-    return files, path
-
-
 class _Finder:
     """Finds the pictures of one spec."""
 
@@ -193,7 +178,7 @@ class _Finder:
             fixed = list(_before_magic(path.parts))
             root = Path(*fixed) if fixed else Path()
             for name in sorted(glob.glob(spec, recursive=True)):  # noqa: PTH207 (Path.glob takes no absolute pattern)
-                if Path(name).is_file() and _is(name, (*SUFFIXES, *LIST_SUFFIXES, TAR_SUFFIX)):
+                if Path(name).is_file() and _is(name, (*SUFFIXES, *_named_lists(spec), TAR_SUFFIX)):
                     yield from self._file(Path(name), root)
         else:
             raise RefusalError(f"{spec} does not exist: give a folder, a glob, a list, tar shards or a URL")
@@ -214,11 +199,11 @@ class _Finder:
             raise RefusalError(f"{url} cannot be listed ({reason}): check the address and your access to it") from None
         for name, info in sorted(infos.items()):
             key = unicodedata.normalize("NFC", name[len(root) :].lstrip("/"))
-            size, version = int(info.get("size") or 0), _version(info)
-            full = files.unstrip_protocol(name)
+            size, version = int(info.get("size") or 0), version_of(info)
+            full = chained(url, files.unstrip_protocol(name))
             if info.get("type") == "directory":
                 continue
-            if _is(name, LIST_SUFFIXES):
+            if _is(name, _named_lists(path)):
                 yield from self._listed(full, files.cat_file(name))
             elif _is(name, (TAR_SUFFIX,)):
                 with files.open(name, "rb") as file:
@@ -249,7 +234,7 @@ class _Finder:
 
     def _listed(self, where: str, data: bytes) -> Iterator[SourcePicture]:
         """The pictures of a list; relative paths start at the list's folder."""
-        remote = _URL.match(where) is not None
+        remote = is_url(where)
         seen: dict[str, int] = {}
         for line, name, label in read_list(where, data):
             key = unicodedata.normalize("NFC", name)
@@ -257,10 +242,13 @@ class _Finder:
                 self._unreadable.append((key, f"line {line} of the list repeats line {seen[key]}"))
                 continue
             seen[key] = line
-            folder = first_folder(key) if label is None and not _URL.match(key) else label or ""
-            if remote and not _URL.match(name):
-                name = f"{where.rpartition('/')[0]}/{name}"
-            if _URL.match(name):
+            folder = first_folder(key) if label is None and not is_url(key) else label or ""
+            if remote and not is_url(name):
+                name = beside(where, name)
+            if is_url(name):
+                if reason := why_unknown(name, f"{where} line {line}"):
+                    self._unreadable.append((key, f"line {line} of the list {reason}"))
+                    continue
                 yield SourcePicture(key, 0, 0, folder, name)
                 continue
             path = Path(where).parent / name
@@ -276,19 +264,16 @@ class _Finder:
             yield SourcePicture(key, status.st_size, status.st_mtime_ns, folder, path)
 
 
+def _named_lists(pattern: str) -> tuple[str, ...]:
+    """The suffix of lists with which a pattern ends: in folders and under wildcards, lists are taken when asked for."""
+    return tuple(suffix for suffix in LIST_SUFFIXES if pattern.lower().endswith(suffix))
+
+
 def _before_magic(parts: Sequence[str]) -> Iterator[str]:
     for part in parts[:-1]:
         if _MAGIC.search(part):
             return
         yield part
-
-
-def _version(info: dict[str, Any]) -> int:
-    """A number that changes with a remote file: from its etag or checksum, otherwise its time of last change."""
-    for name in ("ETag", "etag", "md5Hash", "md5", "LastModified", "last_modified", "mtime", "updated", "created"):
-        if info.get(name):
-            return int.from_bytes(hashlib.sha256(str(info[name]).encode()).digest()[:8], "big") >> 1
-    return 0
 
 
 def _renamed(item: Picture, key: str) -> Picture:
@@ -304,5 +289,5 @@ def _is(name: str, suffixes: tuple[str, ...]) -> bool:
 
 def _stem(spec: str) -> str:
     """A short name of a spec: its last part that holds no wildcard."""
-    parts = [part for part in _URL.sub("", spec).rstrip("/").split("/") if part and not _MAGIC.search(part)]
+    parts = [part for part in URL.sub("", spec).rstrip("/").split("/") if part and not _MAGIC.search(part)]
     return PurePosixPath(parts[-1]).stem if parts else "pictures"

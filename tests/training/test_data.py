@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,8 @@ from safetensors.torch import load_file
 import training.cache
 from export.bundle import RefusalError
 from export.preprocess import PreprocessSpec, find_pictures, preprocess
-from tests.conftest import encode, noise
+from likewise import main
+from tests.conftest import TINY, encode, noise
 from tests.shapes import write_shapes
 from training.cache import Picture, PictureCache, build_cache
 from training.knn import knn_accuracy, pixel_features
@@ -27,8 +31,14 @@ from training.knn import knn_accuracy, pixel_features
 CPU = torch.device("cpu")
 
 
-def build(folder: Path, items: Sequence[Picture], size: int = 24, **options: str) -> PictureCache:
-    return build_cache(folder, items, "test", size, 2, lambda _: None, **options)  # type: ignore[arg-type]
+def build(folder: Path, items: Sequence[Picture], size: int = 24, **options: Any) -> PictureCache:
+    return build_cache(folder, items, "test", size, 2, lambda _: None, **options)
+
+
+def only(tmp_path: Path, name: str) -> Path:
+    """The one file of that name in the caches below tmp_path/cache."""
+    (path,) = (tmp_path / "cache").glob(f"*/{name}")
+    return path
 
 
 def test_cache_keeps_whole_shards_and_makes_the_rest(tmp_path: Path) -> None:
@@ -39,13 +49,13 @@ def test_cache_keeps_whole_shards_and_makes_the_rest(tmp_path: Path) -> None:
     cache = build_cache(tmp_path / "cache", found, str(folder), 24, 2, seen.append)
     assert len(cache) == 24 and sum(seen) == 25 and cache.unreadable[0][0] == "bad.jpg"
     assert cache.bytes == 24 * 24 * 24 * 3 and cache.labels[0] == cache.pictures[0].folder
-    shard = tmp_path / "cache" / "pixels-00000.npy"
+    shard = only(tmp_path, "pixels-00000.npy")
     before = shard.stat().st_mtime_ns
     again = build(tmp_path / "cache", found)
     assert shard.stat().st_mtime_ns == before and again.fingerprint.sha256 == cache.fingerprint.sha256
     assert torch.equal(again.aspects, cache.aspects) and torch.equal(again.groups, cache.groups)
     # Cut short by a kill: the note is missing, so the shard is made again.
-    (tmp_path / "cache" / "pixels-00000.json").unlink()
+    only(tmp_path, "pixels-00000.json").unlink()
     build(tmp_path / "cache", found)
     assert shard.stat().st_mtime_ns != before
     # Another size is another cache.
@@ -74,7 +84,7 @@ def test_gathering_is_the_same_from_disk_and_memory(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(training.cache, "SHARD_PICTURES", 64)
     folder = write_shapes(tmp_path / "p", 150, size=16)
     cache = build(tmp_path / "cache", find_pictures(folder))
-    assert len(list((tmp_path / "cache").glob("pixels-*.npy"))) == 3
+    assert len(list((tmp_path / "cache").glob("*/pixels-*.npy"))) == 3
     wanted = torch.tensor([149, 0, 63, 64, 127, 128, 0])
     from_disk = cache.gather(wanted, CPU)
     spec = PreprocessSpec(size=24, fit="squeeze")
@@ -94,7 +104,7 @@ def test_a_flipped_byte_is_noticed_and_its_shard_decoded_again(
     found = find_pictures(folder)
     good = build(tmp_path / "cache", found)
     expected = good.gather(torch.arange(100), CPU)
-    victim, other = (tmp_path / "cache" / f"pixels-0000{i}.npy" for i in (1, 0))
+    victim, other = (only(tmp_path, f"pixels-0000{i}.npy") for i in (1, 0))
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
@@ -104,7 +114,7 @@ def test_a_flipped_byte_is_noticed_and_its_shard_decoded_again(
     assert torch.equal(cache.gather(torch.arange(100), CPU), expected) and other.stat().st_mtime_ns == untouched
     assert not any("checksum" in notice for notice in build(tmp_path / "cache", found, verify=verify).notices)
     # A note that was changed by hand is made again too.
-    note = tmp_path / "cache" / "pixels-00000.json"
+    note = only(tmp_path, "pixels-00000.json")
     note.write_text(json.dumps({**json.loads(note.read_text()), "aspects": [9.0] * 64}))
     assert build(tmp_path / "cache", found, verify=verify).aspects.max() == 1.0
 
@@ -127,9 +137,9 @@ training.cache.build_cache(Path({str(tmp_path / "cache")!r}), find_pictures(Path
 """
     killed = subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2])
     assert killed.returncode == -signal.SIGKILL
-    shards = sorted((tmp_path / "cache").glob("pixels-*.npy"))
+    shards = sorted((tmp_path / "cache").glob("*/pixels-*.npy"))
     assert len(shards) == 2
-    (tmp_path / "cache" / "pixels-00002.tmp").write_bytes(b"half")  # as a kill while writing leaves it
+    (shards[0].parent / "pixels-00002.tmp").write_bytes(b"half")  # as a kill while writing leaves it
     before = [p.stat().st_mtime_ns for p in shards]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.cache, "SHARD_PICTURES", 64)
@@ -151,15 +161,27 @@ def test_copies_are_marked_as_near_duplicates(tmp_path: Path) -> None:
     assert by_key["0.png"] == by_key["0-copy.jpg"] and by_key["1.png"] == by_key["1-copy.jpg"]
     assert len(set(by_key.values())) == 6
     assert any(notice.startswith("4 of 8 pictures have near-duplicates, in 2 groups") for notice in cache.notices)
-    rows = [line.split("\t") for line in (tmp_path / "cache" / "near-duplicates.tsv").read_text().splitlines()]
+    rows = [line.split("\t") for line in only(tmp_path, "near-duplicates.tsv").read_text().splitlines()]
     assert {key: int(group) for group, key in rows} == {k: v for k, v in by_key.items() if k[0] in "01"}
 
 
 def test_pictures_that_the_hash_cannot_tell_apart_are_not_marked(tmp_path: Path) -> None:
+    image = noise(64, 64)
     for i in range(40):
-        (tmp_path / f"{i:02d}.png").write_bytes(encode(Image.new("RGB", (16, 16), (i, 2 * i, 3 * i)), "PNG"))
+        (tmp_path / f"{i:02d}.jpg").write_bytes(encode(image, quality=60 + i))
     cache = build(tmp_path / "cache", find_pictures(tmp_path))
     assert cache.groups.tolist() == list(range(40)) and any("look alike" in notice for notice in cache.notices)
+
+
+def test_pictures_too_plain_for_the_hash_are_counted_and_marked_when_equal_only(tmp_path: Path) -> None:
+    for i in range(10):
+        (tmp_path / f"{i}.png").write_bytes(encode(Image.new("RGB", (16, 16), (i, 2 * i, 3 * i)), "PNG"))
+    (tmp_path / "again.bmp").write_bytes(encode(Image.new("RGB", (16, 16), (4, 8, 12)), "BMP"))
+    (tmp_path / "n.png").write_bytes(encode(noise(64, 64), "PNG"))
+    cache = build(tmp_path / "cache", find_pictures(tmp_path))
+    assert any(notice.startswith("11 of 12 pictures have too little structure") for notice in cache.notices)
+    assert any(notice.startswith("2 of 12 pictures have near-duplicates, in 1 groups") for notice in cache.notices)
+    assert cache.groups.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 4, 11][: len(cache)]
 
 
 def test_a_cache_without_room_is_refused_before_it_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +190,170 @@ def test_a_cache_without_room_is_refused_before_it_is_begun(tmp_path: Path, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(RefusalError, match="the picture cache needs"):
         build(tmp_path / "cache", find_pictures(folder))
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("*/*"))
+
+
+def test_room_is_asked_for_shards_that_are_absent_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.cache, "SHARD_PICTURES", 64)
+    found = find_pictures(write_shapes(tmp_path / "p", 192, size=16))
+    build(tmp_path / "cache", found)
+    only(tmp_path, "pixels-00000.json").unlink()
+    # Room for one shard of three.
+    tight = shutil._ntuple_diskusage(10**9, 10**9, 64 * 3 * 24 * 24 + 100)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: tight)
+    assert len(build(tmp_path / "cache", found)) == 192
+    only(tmp_path, "pixels-00000.json").unlink()
+    only(tmp_path, "pixels-00002.json").unlink()
+    with pytest.raises(RefusalError, match="the picture cache needs"):
+        build(tmp_path / "cache", found)
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Inode, time of change and contents of every file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(f.relative_to(folder)): (f.stat().st_ino, f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+
+
+def test_opening_a_finished_cache_writes_nothing(tmp_path: Path) -> None:
+    """Processes 1…W-1 of a run open it at the same time."""
+    found = find_pictures(write_shapes(tmp_path / "p", 24))
+    first = build(tmp_path / "cache", found)
+    before = state(tmp_path / "cache")
+    second = build(tmp_path / "cache", found)
+    assert state(tmp_path / "cache") == before and second.notices == first.notices
+    only(tmp_path, "near-duplicates.tsv").unlink()
+    build(tmp_path / "cache", found)
+    after = state(tmp_path / "cache")
+    assert {name: data for name, (_, _, data) in after.items()} == {name: data for name, (_, _, data) in before.items()}
+
+
+def test_three_processes_open_a_finished_cache_at_once(tmp_path: Path) -> None:
+    found = find_pictures(write_shapes(tmp_path / "p", 24, size=16))
+    expected = build(tmp_path / "cache", found)
+    with ThreadPoolExecutor(3) as pool:
+        opened = list(pool.map(lambda _: build(tmp_path / "cache", found), range(60)))
+    assert all(torch.equal(cache.groups, expected.groups) for cache in opened)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 200, 0.5, -1])
+def test_damaged_groups_are_made_again(tmp_path: Path, kept: float) -> None:
+    found = find_pictures(write_shapes(tmp_path / "p", 24))
+    expected = build(tmp_path / "cache", found).groups
+    path = only(tmp_path, "groups.npz")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept) if isinstance(kept, float) else kept])
+    assert torch.equal(build(tmp_path / "cache", found).groups, expected)
+    assert np.load(path)["groups"].tolist() == expected.tolist()
+
+
+def test_other_pictures_or_another_size_leave_a_cache_alone_and_it_is_named(tmp_path: Path) -> None:
+    folder = write_shapes(tmp_path / "p", 24)
+    found = find_pictures(folder)
+    build(tmp_path / "cache", found)
+    before = state(tmp_path / "cache")
+    for items, size, others in ((found, 32, 1), (found[:20], 24, 2)):
+        cache = build(tmp_path / "cache", items, size)
+        assert any(f"of {others} other cache(s)" in notice for notice in cache.notices)
+        after = state(tmp_path / "cache")
+        assert {name: after[name] for name in before} == before
+
+
+class Disk:
+    """Files that `Path.read_bytes` cannot read for now."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failing: dict[str, OSError] = {}
+        self.read: list[str] = []
+        original = Path.read_bytes
+
+        def read_bytes(path: Path) -> bytes:
+            self.read.append(path.name)
+            if path.name in self.failing:
+                raise self.failing[path.name]
+            return original(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """All files can be read until `failing` says otherwise."""
+    return Disk(monkeypatch)
+
+
+def test_what_could_not_be_read_for_a_while_is_read_at_the_next_opening(tmp_path: Path, disk: Disk) -> None:
+    folder = tmp_path / "p"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i:02d}.png").write_bytes(encode(noise(20, 10 + i, i), "PNG"))
+    (folder / "bad.png").write_bytes(b"x")
+    found = find_pictures(folder)
+    whole = build(tmp_path / "whole", found)
+    disk.failing = {
+        "03.png": OSError(errno.EIO, "Input/output error"),
+        "07.png": PermissionError(errno.EACCES, "denied"),
+    }
+    first = build(tmp_path / "cache", found)
+    assert len(first) == 10 and sorted(key for key, _ in first.unreadable) == ["03.png", "07.png", "bad.png"]
+    assert any("Input/output error" in reason for _, reason in first.unreadable)
+    before = state(tmp_path / "cache")
+    disk.read.clear()
+    assert len(build(tmp_path / "cache", found)) == 10 and state(tmp_path / "cache") == before  # still failing
+    assert {name for name in disk.read if name.endswith("png")} == {"03.png", "07.png"}
+    disk.failing.clear()
+    kept = build(tmp_path / "cache", found, retry=False)
+    assert kept.fingerprint == first.fingerprint and state(tmp_path / "cache") == before
+    disk.read.clear()
+    cache = build(tmp_path / "cache", found)
+    assert {name for name in disk.read if name.endswith("png")} == {
+        "03.png",
+        "07.png",
+    }  # the others are decoded already
+    assert cache.fingerprint.sha256 == whole.fingerprint.sha256 and [key for key, _ in cache.unreadable] == ["bad.png"]
+    assert torch.equal(cache.gather(torch.arange(12), CPU), whole.gather(torch.arange(12), CPU))
+    assert torch.equal(cache.aspects, whole.aspects) and torch.equal(cache.groups, whole.groups)
+    assert not any("checksum" in notice for notice in build(tmp_path / "cache", found).notices)
+
+
+def test_a_disk_that_does_not_answer_stops_the_build_and_keeps_what_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk
+) -> None:
+    monkeypatch.setattr(training.cache, "SHARD_PICTURES", 64)
+    found = find_pictures(write_shapes(tmp_path / "p", 128, size=16))
+    disk.failing = {p.path.name: OSError(errno.EIO, "Input/output error") for p in found[64:71]}
+    with pytest.raises(RefusalError, match=r"^7 of 64 pictures .*Input/output error") as refusal:
+        build(tmp_path / "cache", found)
+    assert "\n" not in str(refusal.value)
+    only(tmp_path, "pixels-00000.json")
+    disk.failing.popitem()  # 6 of 64 are less than a tenth
+    assert len(build(tmp_path / "cache", found)) == 122
+    # Pictures that vanished are no fault of the disk.
+    disk.failing = {p.path.name: FileNotFoundError(errno.ENOENT, "No such file") for p in found}
+    assert len(build(tmp_path / "other", found)) == 0
+
+
+def files(run: Path) -> dict[str, tuple[int, int, bytes]]:
+    """`state` of a run, tar indices and the list of a later opening left out."""
+    return {name: found for name, found in state(run).items() if name != "cache/unreadable.tsv"}
+
+
+def test_a_plan_or_a_wrong_resume_leaves_a_run_and_its_cache_as_they_are(
+    run: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    mine = shutil.copytree(run, tmp_path / "run")
+    (bad := tmp_path / "some" / "bad.png").parent.mkdir()
+    for path in sorted(pictures.glob("[cs]*/*")):
+        shutil.copy(path, bad.parent / f"{path.parent.name}-{path.name}")
+    bad.write_bytes(b"x")
+    flags = ["--out", str(mine), "--steps", "3", *TINY]
+    before = files(mine)
+    assert main(["train", str(pictures), *flags, "--image-size", "64", "--plan"]) == 0
+    assert {name: found for name, found in files(mine).items() if name in before} == before
+    assert all(name.startswith("cache/") for name in files(mine).keys() - before.keys())
+    assert "holds step 3 of another configuration" in refused("train", bad.parent, *flags, "--resume")
+    assert {name: found for name, found in files(mine).items() if name in before} == before
+    assert "bad.png" in (mine / "cache" / "unreadable.tsv").read_text()
+    assert main(["train", str(pictures), *flags, "--resume"]) == 0
 
 
 def test_no_picture_is_no_error_here(tmp_path: Path) -> None:

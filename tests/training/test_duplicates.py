@@ -6,11 +6,11 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from export.preprocess import Pixels, PreprocessSpec, preprocess
 from tests.conftest import encode, noise
-from training.duplicates import MAX_DISTANCE, Hashes, difference_hash, near_duplicates
+from training.duplicates import MAX_DISTANCE, Hashes, difference_hash, near_duplicates, perceptual_hash
 
 SPEC = PreprocessSpec(size=48, fit="squeeze")
 
@@ -61,10 +61,13 @@ def test_groups_are_the_connected_components_of_all_pairs(max_distance: int) -> 
         bits[rng.choice(256, rng.integers(0, 12), replace=False)] ^= 1
         if i % 40 == 0:
             bits[rng.random(256) < 0.9] = 0  # little structure
+        if i % 40 == 1:
+            bits[rng.random(256) < 0.9] = 1
         rows.append(np.packbits(bits).view(np.uint64))
     hashes = np.stack(rows)
     ones = np.bitwise_count(hashes).sum(1, dtype=np.int64)
-    allowed = max_distance * np.minimum(1, (ones[:, None] + ones) / 128)
+    structure = np.minimum(ones, 256 - ones)
+    allowed = max_distance * np.minimum(1, (structure[:, None] + structure) / 128)
     near = distances(hashes[:, None], hashes) <= allowed
     reach = near.copy()
     while True:
@@ -88,6 +91,42 @@ def test_flat_pictures_are_not_copies_of_each_other() -> None:
     assert near_duplicates(hashes).tolist() == [0, 1, 2]
 
 
+def stripes(rng: np.random.Generator) -> Pixels:
+    """Rows of random grey, as the hash sees nothing of."""
+    return np.repeat(np.repeat(rng.integers(0, 256, (48, 1, 1), dtype=np.uint8), 48, 1), 3, 2)
+
+
+def drawing(rng: np.random.Generator) -> Pixels:
+    """Four faint lines on grey paper."""
+    image = Image.new("L", (48, 48), 200)
+    for _ in range(4):
+        ends = [tuple(rng.integers(0, 48, 2).tolist()) for _ in range(2)]
+        ImageDraw.Draw(image).line(ends, fill=200 - int(rng.integers(4, 14)))
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", ["horizontal", "vertical", "slopes", "drawings"])
+def test_different_plain_pictures_are_not_marked_but_equal_ones_are(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    if kind == "slopes":
+        ends = rng.integers(120, 256, 100)
+        rows = [np.linspace(0, end, 48, dtype=np.uint8) for end in np.unique(ends)]
+        pictures = np.stack([np.broadcast_to(row[None, :, None], (48, 48, 3)) for row in rows])
+    else:
+        pictures = np.stack([drawing(rng) if kind == "drawings" else stripes(rng) for _ in range(100)])
+        pictures = pictures.transpose(0, 2, 1, 3) if kind == "vertical" else pictures
+    count = len(pictures)
+    hashes, plain = perceptual_hash(np.concatenate([pictures, pictures[:3]]))
+    assert plain.mean() > 0.7
+    assert near_duplicates(hashes).tolist() == [*range(count), 0, 1, 2]
+
+
+def test_pictures_with_structure_keep_their_difference_hash() -> None:
+    pictures = np.stack([squeezed(encode(noise(200, 150, seed))) for seed in range(12)])
+    hashes, plain = perceptual_hash(pictures)
+    assert not plain.any() and np.array_equal(hashes, difference_hash(pictures))
+
+
 def test_no_pictures() -> None:
-    empty = difference_hash(np.zeros((0, 48, 48, 3), np.uint8))
-    assert empty.shape == (0, 4) and near_duplicates(empty).shape == (0,)
+    empty, plain = perceptual_hash(np.zeros((0, 48, 48, 3), np.uint8))
+    assert empty.shape == (0, 4) and plain.shape == (0,) and near_duplicates(empty).shape == (0,)

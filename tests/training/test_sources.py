@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from export.preprocess import PictureFile, UnreadablePictureError, find_pictures
 from tests.conftest import encode, noise
 from tests.shapes import write_shapes
 from training.cache import build_cache
-from training.sources import Sources, list_sources
+from training.sources import SourcePicture, Sources, list_sources
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -177,6 +178,82 @@ def test_a_damaged_tar_gives_what_comes_before_and_says_so(shard: Path, damage: 
     assert sources.unreadable[0][0] == "shard-0000.tar" and "damaged after 2 pictures" in sources.unreadable[0][1]
 
 
+def link(archive: tarfile.TarFile, name: str, target: str, kind: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    archive.addfile(info)
+
+
+def test_links_in_a_tar_are_followed_and_what_cannot_be_read_is_listed(tmp_path: Path) -> None:
+    data, other = encode(noise(20, 16)), encode(noise(16, 16, 5))
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as archive:
+        add(archive, "./a/one.jpg", data)
+        link(archive, "a/hard.jpg", "./a/one.jpg", tarfile.LNKTYPE)
+        link(archive, "b/soft.jpg", "../c/later.jpg", tarfile.SYMTYPE)
+        link(archive, "b/twice.jpg", "soft.jpg", tarfile.SYMTYPE)
+        link(archive, "b/gone.jpg", "../../outside.jpg", tarfile.SYMTYPE)
+        link(archive, "b/loop.jpg", "loop.jpg", tarfile.SYMTYPE)
+        link(archive, "pipe.png", "", tarfile.FIFOTYPE)
+        add(archive, "c/later.jpg", other)
+    for _ in range(2):  # as indexed, and from the stored index
+        sources = list_sources([str(path)], tmp_path / "index")
+        assert {item.key: item.read() for item in sources.items} == {
+            "s/a/one.jpg": data, "s/a/hard.jpg": data, "s/b/soft.jpg": other, "s/b/twice.jpg": other, "s/c/later.jpg": other
+        }  # fmt: skip
+        reasons = dict(sources.unreadable)
+        assert sorted(reasons) == ["s/b/gone.jpg", "s/b/loop.jpg", "s/pipe.png"]
+        assert "leads to ../outside.jpg, which is no file in the tar" in reasons["s/b/gone.jpg"]
+        assert "not a file" in reasons["s/pipe.png"]
+    assert len(list((tmp_path / "index").iterdir())) == 1
+
+
+def test_a_sparse_member_is_listed(tmp_path: Path) -> None:
+    """GNU tar's format 1.0: the map of holes precedes the data, so that the bytes do not lie in one stretch."""
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        add(archive, "whole.jpg", encode(noise(20, 16)))
+        info = tarfile.TarInfo("GNUSparseFile.0/holes.jpg")
+        body = b"1\n0\n512\n".ljust(512, b"\0") + b"x" * 512
+        info.size = len(body)
+        info.pax_headers = {
+            "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "holes.jpg", "GNU.sparse.realsize": "4096"
+        }  # fmt: skip
+        archive.addfile(info, io.BytesIO(body))
+    sources = list_sources([str(tmp_path / "s.tar")])
+    assert keys(sources) == ["s/whole.jpg"] and sources.unreadable[0][0] == "s/holes.jpg"
+    assert "sparse" in sources.unreadable[0][1]
+
+
+def test_a_sample_is_named_up_to_the_first_dot(tmp_path: Path) -> None:
+    """WebDataset: 0001.rgb.png, 0001.mask.png and 0001.cls are one sample; dots of folders do not count."""
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("0001.rgb.png", "0001.mask.png", "v1.0/0002.left.png", "v1.0/0003.png"):
+            add(archive, name, encode(noise(16, 16), "PNG"))
+        add(archive, "0001.cls", b"cat")
+        add(archive, "v1.0/0002.cls", b"dog\n")
+        add(archive, "v1.cls", b"wrong")
+    assert list_sources([str(tmp_path / "s.tar")]).labels == ["cat", "cat", "dog", "v1.0"]
+
+
+def test_tars_one_after_another_in_a_file_are_all_read(shard: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second.tar"
+    with tarfile.open(second, "w") as archive:
+        for i in range(3):
+            add(archive, f"more-{i}.jpg", encode(noise(20, 16, i)))
+        add(archive, "more-0.cls", b"more")
+    both = tmp_path / "both.tar"
+    both.write_bytes(shard.read_bytes() + second.read_bytes())
+    sources, first, last = (list_sources([str(path)]) for path in (both, shard, second))
+    assert [item.read() for item in sources.items] == [item.read() for item in first.items + last.items]
+    assert sources.labels == first.labels + last.labels and not sources.unreadable
+    both.write_bytes(shard.read_bytes() + b"rubbish" * 200)
+    sources = list_sources([str(both)])
+    assert len(sources.items) == 4 and "damaged after 4 pictures" in sources.unreadable[0][1]
+    both.write_bytes(shard.read_bytes() * 2)  # names that repeat are other samples
+    sources = list_sources([str(both)])
+    assert len(set(keys(sources))) == 8 and sources.labels == first.labels * 2
+
+
 @pytest.fixture
 def store(shard: Path) -> Iterator[str]:
     """fsspec's file system in memory, with a folder, a list and a tar."""
@@ -207,6 +284,71 @@ def test_urls_of_folders_globs_lists_and_tars(store: str, shard: Path) -> None:
     before = glob.items[0].mtime_ns
     fsspec.filesystem("memory").pipe("/store/a/0.jpg", encode(noise(24, 12, 9)))
     assert list_sources([f"{store}/*/*.jpg"]).items[0].mtime_ns != before  # a changed object is another identity
+
+
+def test_lists_are_taken_by_wildcards_only_when_their_suffix_is_named(store: str, tmp_path: Path) -> None:
+    import fsspec
+
+    (folder := tmp_path / "folder").mkdir()
+    for i in range(3):
+        (folder / f"{i}.jpg").write_bytes(encode(noise(20, 16, i)))
+    (folder / "meta.csv").write_text("camera,lens\nA,B\n")
+    (folder / "list.tsv").write_text("path\n0.jpg\n")
+    assert keys(list_sources([f"{folder}/*"])) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert keys(list_sources([f"{folder}/*.tsv"])) == ["0.jpg"]
+    with pytest.raises(RefusalError, match="names no column 'path'"):
+        list_sources([f"{folder}/*.csv"])
+    fsspec.filesystem("memory").pipe("/store/a/meta.csv", b"camera,lens\nA,B\n")
+    assert keys(list_sources([f"{store}/a"])) == keys(list_sources([f"{store}/a/*"])) == ["0.jpg", "2.jpg"]
+    assert len(list_sources([f"{store}/*.csv"]).items) == 2
+
+
+def test_a_line_with_a_url_that_cannot_be_opened_is_listed_with_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.registry import known_implementations
+
+    (tmp_path / "0.jpg").write_bytes(encode(noise(20, 16)))
+    (tmp_path / "l.csv").write_text("path\n0.jpg\nfoo://bucket/x.jpg\nsimplecache::foo://b/y.jpg\n")
+    sources = list_sources([str(tmp_path / "l.csv")])
+    assert keys(sources) == ["0.jpg"]
+    assert [reason.partition(" (")[0] for _, reason in sources.unreadable] == [
+        f"line {line} of the list names a URL that fsspec does not know" for line in (3, 4)
+    ]
+    # A missing client is for the user to install, before anything is decoded.
+    (tmp_path / "l.csv").write_text("path\n0.jpg\nnone://bucket/x.jpg\n")
+    monkeypatch.setitem(known_implementations, "none", {"class": "no_such_client.Files", "err": "Install it"})
+    with pytest.raises(RefusalError, match=r"l\.csv line 3 .*needs a package that is not installed"):
+        list_sources([str(tmp_path / "l.csv")])
+
+
+@pytest.mark.parametrize("chain", ["memory://store", "simplecache::memory://store", "file"])
+def test_pictures_in_a_zip_archive_are_read(store: str, tmp_path: Path, chain: str) -> None:
+    import fsspec
+
+    pictures = {f"{'ab'[i % 2]}/{i}.jpg": encode(noise(24, 12, i)) for i in range(4)}
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        for name, data in pictures.items():
+            archive.writestr(name, data)
+        archive.writestr("list.csv", "path,label\na/0.jpg,x\n")
+    fsspec.filesystem("memory").pipe("/store/z.zip", (tmp_path / "z.zip").read_bytes())
+    target = (tmp_path / "z.zip").as_uri() if chain == "file" else f"{chain}/z.zip"
+    for spec, expected in (
+        ("zip://*/*.jpg", list(pictures)),
+        ("zip://a", ["0.jpg", "2.jpg"]),
+        ("zip://list.csv", ["a/0.jpg"]),
+    ):
+        items = list_sources([f"{spec}::{target}"]).items
+        assert [item.key for item in items] == sorted(expected)
+        for item in items:
+            assert item.read() == pictures[item.key if "/" in item.key else f"a/{item.key}"]
+    cached = list_sources([f"simplecache::{store}/a"]).items
+    assert len(cached) == 2 and all(item.where.startswith("simplecache::") for item in cached)  # type: ignore[attr-defined]
+    assert [item.read() for item in cached] == [pictures["a/0.jpg"], pictures["a/2.jpg"]]
+    with pytest.raises(UnreadablePictureError):
+        SourcePicture("x", 0, 0, "", f"zip://absent.jpg::{target}").read()
+    with pytest.raises(UnreadablePictureError):
+        SourcePicture("x", 0, 0, "", "zip://without-archive.jpg").read()
 
 
 def test_a_file_url_reads_as_the_folder_does(pictures: Path, tmp_path: Path) -> None:
