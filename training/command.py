@@ -57,7 +57,7 @@ def train(asked: Train) -> int:
 
 
 def _pictures(asked: Train, hardware: Hardware, console: Console) -> PictureCache:
-    if not asked.plan:
+    if not (asked.plan and (asked.out / CHECKPOINT).is_file()):  # a plan may be made for the folder of a run
         _check_folder(asked)
     sources = list_sources(asked.pictures, asked.out / "cache")
     found, unreadable = sources.items, list(sources.unreadable)
