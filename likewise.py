@@ -29,7 +29,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
         "cpu,train",
         "measure an encoder: kNN, retrieval, copies, …",
     ),
-    ("report",): ("training.report", "Report", "cpu,train", "write a run's report.html again"),
+    ("report",): ("training.config", "Report", "cpu,train", "write a run's report.html again"),
     ("export",): ("export.command", "Export", "cpu,export", "turn a run into an ONNX bundle with proven parity"),
     ("index", "build"): (
         "service.build",

@@ -149,6 +149,22 @@ class Train(BaseModel):
         return train(self)
 
 
+class Report(BaseModel):
+    """Write a run's report.html again, from what the run folder holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    run: CliPositionalArg[Path]
+    """The run folder."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        from training.report import write_report
+
+        print(write_report(self.run))
+        return 0
+
+
 class Recipe(BaseModel):
     """A resolved configuration: what the loop runs on, what run.json stores, what a resume must match."""
 

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
-from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
 from export.bundle import RefusalError, RunManifest, read_run, write_file
@@ -24,22 +22,6 @@ from training.curves import Metrics, draw, panels, read_metrics
 from training.snapshots import MAPS, QUERIES, NeighbourSheet, SeenPictures, read_snapshots
 
 NAME = "report.html"
-
-
-class Report(BaseModel):
-    """Write a run's report.html again, from what the run folder holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    run: CliPositionalArg[Path]
-    """The run folder."""
-
-    def cli_cmd(self) -> int:
-        """Run the command."""
-        print(write_report(self.run))
-        return 0
-
-
 SHEETS = 4  # steps shown of the neighbours
 
 _STYLE = """
