@@ -76,6 +76,7 @@ def measure(name: str, seed: int, common: dict[str, Any], out: Path, held_out: P
     health = [line for line in lines if "health" in line]
     result = {
         "name": name, "seed": seed, "cpu_minutes": minutes, "steps": read_run(out).steps_done,
+        "revision": read_run(out).git_revision,
         "knn": 100 * knn_accuracy(rows[0], bank_labels, rows[1], labels), "queries": len(queries),
         "mean_cosine": mean_cosine(rows[0]), "effective_rank": effective_rank(rows[0][:2000]),
         "head_mean_cosine": health[-1]["head_mean_cosine"], "vote_entropy": health[-1]["vote_entropy"],

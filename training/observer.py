@@ -17,7 +17,7 @@ from training.alarms import alarms
 from training.cache import Picture
 from training.encoder import build_vit
 from training.metrics_log import MetricsLog
-from training.monitor import INITIAL, SAMPLE, Monitor, read_history
+from training.monitor import SAMPLE, Monitor, read_history
 from training.snapshots import Snapshots
 from training.tensorboard import TensorBoardWriter
 from training.verdict import judge
@@ -83,7 +83,8 @@ class Observer:
         initial.to(trainer.device, trainer.learner.speed.dtype)
         verdict = judge(
             initial, trainer.learner.teacher.vit, self._pictures, trainer.preprocess_spec(), trainer.views.normalise,
-            trainer.device, self.history[-1].lead.get(INITIAL), r.seed, r.views,
+            trainer.device, self.monitor.pictures.numpy(),
+            None if self.monitor.labels is None else self.monitor.labels.numpy(), r.seed, r.views,
         )  # fmt: skip
         write_file(self.run / "verdict.json", verdict.model_dump_json(indent=2))
         self.console.print(f"verdict: export the {verdict.export} encoder: {verdict.sentence}")

@@ -1,15 +1,19 @@
 """Do no harm: is the adapted encoder better than the trained weights that the run started from?
 
-Two scores, both paired by picture: kNN leave-one-out with folder names as labels, where there are any, and self-retrieval
-of edited pictures (`training/evaluate/label_free.py`), whose edits training does not make. Labels know what similar
-means, so that they decide where they show a difference; otherwise the label-free score does; without any difference the
-initial encoder stays, because indexes and thresholds that are built on it stay right.
+Two scores, both paired by picture: retrieval, leave-one-out, with folder names as labels, where there are any, and
+self-retrieval of edited pictures (`training/evaluate/label_free.py`), whose edits training does not make. Labels know what
+similar means, so that they decide where they show a difference; otherwise the label-free score does; without any
+difference the initial encoder stays, because indexes and thresholds that are built on it stay right. Retrieval is judged
+by mean average precision: kNN, which asks for the nearest pictures only, hardly notices harm where pictures come in
+bursts (measured, docs/lab-log.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,20 +24,21 @@ from training.cache import Picture
 from training.encoder import VisionTransformer
 from training.evaluate.edits import EDITS
 from training.evaluate.label_free import compare, label_free_all
+from training.evaluate.metrics import Interval, bootstrap
+from training.evaluate.retrieval import Labels, retrieve
 from training.presets import ViewPreset
 
 PICTURES = 1000
 QUERIES = 200
-SIGNIFICANT = 1.96  # standard errors
 
 
 def judge(
     initial: VisionTransformer, adapted: VisionTransformer, pictures: Sequence[Picture], spec: PreprocessSpec,
-    normalise: Callable[[Tensor], Tensor], device: torch.device, labelled: tuple[float, float] | None, seed: int,
+    normalise: Callable[[Tensor], Tensor], device: torch.device, sample: Pixels, labels: Labels | None, seed: int,
     views: ViewPreset,
 ) -> Verdict:  # fmt: skip
-    """Compare two encoders on up to 1,000 of `pictures`. `labelled`: how far the adapted encoder's kNN is ahead of the
-    initial one's, in points, with its standard error; None without labels. `views`: the preset that training used."""
+    """Compare two encoders without labels on up to 1,000 of `pictures`, and on `sample` [M, S, S, 3] with `labels` [M]
+    where there are any. `views`: the preset that training used."""
     data = []
     for picture in pictures[:: -(-len(pictures) // PICTURES)]:  # spread over all folders
         try:
@@ -59,17 +64,44 @@ def judge(
         f"edited pictures find their original first {100 * found['label_free_adapted']:.1f} % of the time, before "
         f"{100 * found['label_free_initial']:.1f} % ({difference.verdict})"
     )
+    labelled = _labelled(embeds, sample, labels, seed)
     if labelled is not None:
-        found["knn_difference"], found["knn_standard_error"] = labelled
-        said = f"kNN with folder names as labels {labelled[0]:+.1f} ± {labelled[1]:.1f} points; {said}"
-    return Verdict(export=decide(difference.verdict, labelled), sentence=said, scores=found)
+        precisions, interval = labelled
+        found |= {f"mean_average_precision_{name}": value for name, value in precisions.items()}
+        found |= {"mean_average_precision_low": interval.low, "mean_average_precision_high": interval.high}
+        said = (
+            f"mean average precision with folder names as labels {100 * precisions['adapted']:.1f} %, before "
+            f"{100 * precisions['initial']:.1f} % ({_named(interval)}); {said}"
+        )
+    known = "no difference" if labelled is None else _named(labelled[1])
+    return Verdict(export=decide(difference.verdict, known), sentence=said, scores=found)
 
 
-def decide(label_free: str, labelled: tuple[float, float] | None) -> str:
-    """ "adapted" or "initial", from better, worse or no difference without labels, and points ± error with labels."""
-    if labelled is not None and abs(labelled[0]) > SIGNIFICANT * labelled[1]:
-        return "adapted" if labelled[0] > 0 else "initial"
-    return "adapted" if label_free == "better" else "initial"
+def decide(label_free: str, labelled: str) -> Literal["initial", "adapted"]:
+    """Which encoder, from better, worse or no difference without and with labels."""
+    decisive = label_free if labelled == "no difference" else labelled
+    return "adapted" if decisive == "better" else "initial"
+
+
+def _labelled(
+    embeds: dict[str, Callable[[Pixels], Embeddings]], sample: Pixels, labels: Labels | None, seed: int
+) -> tuple[dict[str, float], Interval] | None:
+    """Mean average precision of both encoders, and the difference's interval; None where no label has two pictures."""
+    if labels is None or len(np.unique(labels)) == len(labels):
+        return None
+    found = {}
+    for name, embed in embeds.items():
+        rows = embed(sample)
+        found[name] = retrieve(rows, labels, rows, labels, np.arange(len(labels)))
+    difference = found["adapted"].precisions - found["initial"].precisions
+    means = {name: it.mean_average_precision for name, it in found.items()}
+    return means, bootstrap(difference, seed)
+
+
+def _named(difference: Interval) -> str:
+    if difference.low > 0:
+        return "better"
+    return "worse" if difference.high < 0 else "no difference"
 
 
 def _embedder(

@@ -28,6 +28,8 @@ class Retrieval(NamedTuple):
     """Rows of the queries that have a relevant picture in the gallery; the others are left out."""
     ranks: npt.NDArray[np.int64]
     """Rank, from 0, of the first relevant picture of each counted query."""
+    precisions: npt.NDArray[np.float64]
+    """Average precision of each counted query."""
 
 
 def retrieve(
@@ -51,7 +53,7 @@ def retrieve(
         raise ValueError("no query has a relevant picture in the gallery")
     ranks = np.asarray(firsts)
     recall = {k: float((ranks < k).mean()) for k in RECALL_AT}
-    return Retrieval(float(np.mean(precisions)), recall, np.asarray(counted), ranks)
+    return Retrieval(float(np.mean(precisions)), recall, np.asarray(counted), ranks, np.asarray(precisions))
 
 
 def knn_top1(
