@@ -25,10 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.record import cpu_name, finish
-from training.cache import Picture, build_cache
+from training.cache import build_cache
 from training.duplicates import near_duplicates
 from training.loader import Batches
 from training.masks import draw_masks
+from training.picture import Picture
 from training.sources import list_sources
 from training.views import Views
 

@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,35 +26,13 @@ from torch import Tensor
 from export.bundle import DataFingerprint, RefusalError, make_folder, printable, publish, sha256_json, write_file
 from export.preprocess import Pixels, PreprocessSpec
 from training.duplicates import Hashes, near_duplicates
+from training.picture import Picture
 from training.shards import Verify, is_whole, plan_shards, read_again, read_note, write_shard
 
 SHARD_BYTES = 2**28
 SHARD_PICTURES = 2048
 FULL_CHECK_BYTES = 2 * 2**30
 LARGEST_GROUP = 0.1  # share of the pictures; a larger group says that the hash cannot tell them apart
-
-
-class Picture(Protocol):
-    """What the cache needs of a source's picture: `PictureFile` and the items of `training/sources.py`."""
-
-    @property
-    def key(self) -> str:
-        """Unique name, UTF-8."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the encoded picture, 0 where unknown."""
-
-    @property
-    def mtime_ns(self) -> int:
-        """Changes whenever the contents do."""
-
-    @property
-    def folder(self) -> str:
-        """Label, or ''."""
-
-    def read(self) -> bytes:
-        """The encoded picture. Raises `UnreadablePictureError`, from the `OSError` where reading failed."""
 
 
 class PictureCache:

@@ -14,10 +14,10 @@ from torch import Tensor
 from export.bundle import RefusalError, write_file
 from export.preprocess import UnreadablePictureError, preprocess
 from training.alarms import alarms
-from training.cache import Picture
 from training.encoder import build_vit
 from training.metrics_log import MetricsLog
 from training.monitor import SAMPLE, Monitor, read_history
+from training.picture import Picture
 from training.snapshots import Snapshots
 from training.tensorboard import TensorBoardWriter
 from training.verdict import judge

@@ -7,16 +7,14 @@ import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from export.bundle import RefusalError, printable, publish, sha256_json, write_file
 from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError, preprocess
 from training.duplicates import perceptual_hash
-
-if TYPE_CHECKING:
-    from training.cache import Picture
+from training.picture import Picture
 
 FORMAT = 2  # of the notes; part of each shard's listing
 UNREAD_SHARE = 0.1  # of a shard's pictures; when more cannot be read, the disk or the store is at fault

@@ -17,8 +17,8 @@ from typing import Any
 
 from export.bundle import RefusalError, list_pictures
 from export.preprocess import DEFAULT_LIMITS, SUFFIXES, PictureFile, UnreadablePictureError, first_folder, key_of
-from training.cache import Picture
 from training.lists import LIST_SUFFIXES, read_list
+from training.picture import Picture
 from training.tars import TAR_SUFFIX, tar_members
 from training.urls import URL, beside, chained, is_url, open_url, version_of, why_unknown
 

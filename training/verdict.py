@@ -20,12 +20,12 @@ from torch import Tensor
 
 from export.bundle import Embeddings, Verdict
 from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError
-from training.cache import Picture
 from training.encoder import VisionTransformer
 from training.evaluate.edits import EDITS
 from training.evaluate.label_free import compare, label_free_all
 from training.evaluate.metrics import Interval, bootstrap
 from training.evaluate.retrieval import Labels, retrieve
+from training.picture import Picture
 from training.presets import ViewPreset
 
 PICTURES = 1000

@@ -25,8 +25,9 @@ from export.preprocess import PreprocessSpec, find_pictures, preprocess
 from likewise import main
 from tests.conftest import TINY, encode, noise
 from tests.shapes import write_shapes
-from training.cache import Picture, PictureCache, build_cache
+from training.cache import PictureCache, build_cache
 from training.knn import knn_accuracy, pixel_features
+from training.picture import Picture
 
 CPU = torch.device("cpu")
 
