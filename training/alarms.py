@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from training.knn import K
 from training.monitor import GREY, INITIAL, RAW, UNTRAINED, Health
 from training.statistics import CLUSTERS, EmbeddingStatistics
 
@@ -139,7 +140,8 @@ def _shortcut(now: Health, progress: float) -> list[Alarm]:
     """Features that add nothing to pixels or to the untrained network. With labels kNN decides, otherwise overlap. What
     --init gave is no baseline here: the verdict at the end compares with it."""
     views = "choose --views that change what pictures share by accident (see docs/data.md), or train longer"
-    if now.lead:
+    # With fewer pictures per label than neighbours that vote, most votes are wrong however good the features are.
+    if now.lead and now.diagnostics.get("pictures_per_label", math.inf) >= K:
         beaten = [
             f"{_named(name)} ({now.knn - points:.1f} %, difference {points:+.1f} ± {error:.1f})"
             for name, (points, error) in now.lead.items()

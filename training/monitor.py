@@ -242,6 +242,7 @@ class Monitor:
             }
             if self.labels is not None:
                 right = knn_right(found, self.labels)
+                diagnostics = diagnostics | {"pictures_per_label": len(self.labels) / (int(self.labels.max()) + 1)}
                 knn = 100 * float(right.float().mean())
                 lead = {name: difference(right, other) for name, other in self._right.items()}
         return Health(

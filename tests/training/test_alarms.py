@@ -174,6 +174,15 @@ def test_a_lead_within_its_standard_error_is_none(healthy: Health) -> None:
     assert kinds(alarms([healthy, leads_by(1.0)], 0.5)) == ["shortcut"]
 
 
+def test_few_pictures_per_label_decide_nothing(healthy: Health) -> None:
+    def behind(pictures_per_label: float) -> Health:
+        lead = {**healthy.lead, "grey pixels": (-5.0, 1.2)}
+        return replace(healthy, lead=lead, diagnostics={"pictures_per_label": pictures_per_label})
+
+    assert kinds(alarms([healthy, behind(21.0)], 0.5)) == ["shortcut"]
+    assert alarms([healthy, behind(12.0)], 0.5) == []  # k = 20 neighbours vote
+
+
 def test_shortcut_without_labels_goes_by_neighbours(blind: Monitor, pixels: Tensor) -> None:
     health = blind.judge(learned(), normal(32, 1), {})
     assert health.lead == {} and alarms([health, health], 0.5) == []
