@@ -17,8 +17,13 @@ import torch.multiprocessing as mp
 from likewise import main
 from tests.conftest import TINY
 from training.checkpoint import NAME as CHECKPOINT
+from training.config import Hardware, Train
 from training.distributed import gather_rows
+from training.learner import Learner, Speed
+from training.loader import Batch
+from training.resolve import resolve
 from training.stabilisers import koleo, mean_entropy_gap, sigreg, sinkhorn, variance_hinge
+from training.views import Views
 
 # KoLeo couples the rows of all ranks, SOP-MIM adds the patch memory.
 FLAGS = ["--steps", "20", "--batch-size", "16", "--precision", "float64", "--mim-weight", "1", *TINY]
@@ -127,3 +132,36 @@ def test_coupled_terms_and_their_gradients_are_those_of_the_whole_batch(tmp_path
         assert torch.allclose(first[name][0], value) and torch.allclose(second[name][0], value), name
         # Gradients of ranks are averaged afterwards, so that each holds twice its rows' share.
         assert torch.allclose(torch.cat([first[name][1], second[name][1]]) / 2, gradient, atol=1e-12), name
+
+
+# --- what ranks hold --------------------------------------------------------------------------------------------
+
+
+def train_on_rank(rank: int, folder: str, method: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{method}", rank=rank, world_size=2)
+    asked = {"encoder": "vit_nano", "image_size": 32, "patch_size": 8, "steps": 40, "batch_size": 8, "method": method}
+    if method == "sop":
+        asked["mim_weight"] = 1.0
+    hardware = Hardware("cpu", "CPU", 1, False, 2)
+    recipe, _ = resolve(Train(pictures="p", out=Path("o"), **asked), 200, hardware)
+    views = Views("photographs", recipe.mean, recipe.std)
+    learner = Learner(recipe, torch.device("cpu"), Speed(), views)
+    pixels = torch.randint(0, 256, (8, 48, 48, 3), dtype=torch.uint8, generator=torch.manual_seed(3))
+    mine = slice(4 * rank, 4 * rank + 4)
+    batch = Batch(pixels[mine], torch.ones(4), torch.arange(8)[mine], torch.arange(8)[mine])
+    for step in range(4):
+        learner.step(batch, step)
+    torch.save(learner.state(), Path(folder) / f"{method}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["sop", "dino"])
+def test_memories_and_weights_are_bit_equal_on_all_ranks(tmp_path: Path, method: str) -> None:  # 11
+    mp.spawn(train_on_rank, (str(tmp_path), method), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    for part in ("method", "student", "teacher"):
+        assert first[part].keys() == second[part].keys() and first[part]
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), (part, name)
+    if method == "sop":
+        assert int(first["method"]["memory.head"]) == 32 % len(first["method"]["memory.rows"])
