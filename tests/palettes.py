@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests.shapes import write_classes
+
 CLASSES = 8
 _U = np.array([1.0, -1.0, 0.0]) / math.sqrt(2)
 _V = np.array([1.0, 1.0, -2.0]) / math.sqrt(6)
@@ -37,9 +39,7 @@ def draw_palette(kind: int, rng: np.random.Generator, size: int = 48) -> Image.I
 
 def write_palettes(folder: Path, count: int, seed: int = 0, size: int = 48) -> Path:
     """Write `count` pictures as `folder/CLASS/NNNNN.png`; returns the folder."""
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        kind = folder / f"hues-{i % CLASSES}"
-        kind.mkdir(parents=True, exist_ok=True)
-        draw_palette(i % CLASSES, rng, size).save(kind / f"{i:05d}.png")
-    return folder
+    names = [f"hues-{kind}" for kind in range(CLASSES)]
+    return write_classes(
+        folder, names, lambda name, rng, side: draw_palette(names.index(name), rng, side), count, seed, size
+    )

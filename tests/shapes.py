@@ -7,6 +7,7 @@ position nor orientation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,17 @@ def draw_shape(kind: str, rng: np.random.Generator, size: int = 32) -> Image.Ima
 
 def write_shapes(folder: Path, count: int, seed: int = 0, size: int = 32) -> Path:
     """Write `count` pictures as `folder/SHAPE/NNNNN.png`; returns the folder."""
+    return write_classes(folder, SHAPES, draw_shape, count, seed, size)
+
+
+def write_classes(
+    folder: Path, classes: Sequence[str], draw: Callable[[str, np.random.Generator, int], Image.Image], count: int,
+    seed: int, size: int,
+) -> Path:  # fmt: skip
+    """Write `count` pictures, the classes in turn, as `folder/CLASS/NNNNN.png`; returns the folder."""
     rng = np.random.default_rng(seed)
     for i in range(count):
-        kind = SHAPES[i % len(SHAPES)]
+        kind = classes[i % len(classes)]
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        draw_shape(kind, rng, size).save(folder / kind / f"{i:05d}.png")
+        draw(kind, rng, size).save(folder / kind / f"{i:05d}.png")
     return folder

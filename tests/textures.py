@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests.shapes import write_classes
+
 PATTERNS = ("stripes", "checks", "dots", "grain")
 CLASSES = tuple(f"{size}-{pattern}" for pattern in PATTERNS for size in ("fine", "coarse"))
 
@@ -42,9 +44,4 @@ def draw_texture(kind: str, rng: np.random.Generator, size: int = 48) -> Image.I
 
 def write_textures(folder: Path, count: int, seed: int = 0, size: int = 48) -> Path:
     """Write `count` pictures as `folder/CLASS/NNNNN.png`; returns the folder."""
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        kind = CLASSES[i % len(CLASSES)]
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        draw_texture(kind, rng, size).save(folder / kind / f"{i:05d}.png")
-    return folder
+    return write_classes(folder, CLASSES, draw_texture, count, seed, size)

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from export.bundle import RefusalError
 from training.encoder import Teacher
-from training.knn import pixel_features
+from training.knn import K, pixel_features
 from training.snapshots import patch_similarity
 from training.statistics import (
     CLUSTERS,
     NEIGHBOURS,
     EmbeddingStatistics,
-    K,
     difference,
     effective_rank,
     embedding_statistics,

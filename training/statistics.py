@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.knn import knn_vote
+
 NEIGHBOURS = 10  # of the neighbour cosine and of the overlap
-K = 20  # of kNN (spec/sop.md section 5)
 CLUSTERS = (2, 3, 4)  # how many clusters count as few
 
 
@@ -118,11 +119,9 @@ def overlap(a: Tensor, b: Tensor) -> float:
     return float((a[:, :, None] == b[:, None, :]).any(2).float().mean())
 
 
-def knn_right(found: Nearest, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    """Which rows their neighbours vote the right label for, weights exp(cosine / temperature): bool [M]."""
-    votes = torch.zeros(len(labels), int(labels.max()) + 1)
-    votes.scatter_add_(1, labels[found.rows], (found.cosine / temperature).exp())
-    return votes.argmax(1) == labels
+def knn_right(found: Nearest, labels: Tensor) -> Tensor:
+    """Which rows their neighbours vote the right label for (`knn_vote`): bool [M]."""
+    return knn_vote(found.cosine, labels[found.rows], int(labels.max()) + 1) == labels
 
 
 def difference(mine: Tensor, other: Tensor) -> tuple[float, float]:
