@@ -4,6 +4,8 @@
     python -m benchmarks.pretrain_tiny --out FOLDER --train PICTURES --test PICTURES --gpu [--slice-minutes 9]
     python -m benchmarks.pretrain_tiny --out FOLDER --quick                       drawn shapes, under a minute
 
+Every method gets the same stabiliser, KoLeo 0.1 (`--koleo-weight`): it adds to DINO and MaSSL what it adds to SOP
+(benchmarks/stabilisers.py), so that a comparison with it on one side only would credit SOP with KoLeo's gain.
 CPU: vit_micro (1 M parameters) at 32 px. `--gpu`: ViT-Ti/8 and ViT-S/8 at 64 px, equal minutes instead of equal steps.
 PICTURES hold class folders; their names are used for measuring only. Teacher features of whole pictures: weighted kNN
 (k = 20, temperature 0.07) and a linear probe, test against training pictures, by `likewise evaluate`, with the untrained
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, help="equal minutes instead of equal steps")
     parser.add_argument("--views", default="photographs")
+    parser.add_argument("--koleo-weight", type=float, default=0.1)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--slice-minutes", type=float, default=1e6)
@@ -98,6 +101,7 @@ def main() -> None:
                 if not done.is_file():
                     command = [sys.executable, "-m", "likewise", "train", str(train), "--out", str(run), "--resume"]
                     command += ["--method", method, "--seed", str(seed), "--views", args.views, *network, *length]
+                    command += ["--koleo-weight", str(args.koleo_weight)]
                     command += ["--threads", str(args.threads)] if args.threads else []
                     if not run_slice(command, deadline):
                         print(f"slice ended in {name}; the same command continues")
