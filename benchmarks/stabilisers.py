@@ -50,6 +50,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SOP + mean entropy 1": {**NANO, **SOP, "mean_entropy_weight": 1.0},
     "SOP + centring": {**NANO, **SOP, "teacher_votes": "centred"},
     "SOP + KoLeo 0.03": {**NANO, "koleo_weight": 0.03},
+    "SOP, anchors from written rows": {**NANO, **SOP, "anchors_from": "written"},
+    "SOP, batch 256, as many pictures": {**NANO, **SOP, "batch_size": 256},
     **{f"SOP + KoLeo 0.1, k = {k}, micro": {**MICRO, **KOLEO, "support": k} for k in (4, 0, 8, 1)},
     "DINO, micro": {**MICRO, "method": "dino"},
     "DINO + KoLeo 0.1, micro": {**MICRO, "method": "dino", **KOLEO},
@@ -59,7 +61,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def measure(name: str, seed: int, common: dict[str, Any], out: Path, held_out: Path) -> dict[str, Any] | None:
     """Train and evaluate one setting; None when interrupted."""
     train_folder = common["pictures"]
-    asked = Train(out=out, seed=seed, resume=True, **{**common, **SETTINGS.get(name, {**NANO, "steps": 0})})
+    fields = {**common, **SETTINGS.get(name, {**NANO, "steps": 0})}
+    fields["steps"] = fields["steps"] * common["batch_size"] // fields["batch_size"]  # as many pictures in each setting
+    asked = Train(out=out, seed=seed, resume=True, **fields)
     start = time.process_time()
     if train(asked):
         return None

@@ -4,6 +4,7 @@
         run.json             RunManifest
         encoder.safetensors  the teacher's backbone
         initial.safetensors  what it started from, and verdict.json, which of both is better (runs with --init)
+        best.safetensors     the backbone of the measurement with the highest kNN, and best.json (labelled folders)
     bundle/                  (export writes, service reads)
         manifest.json        BundleManifest: identity, checksums, canary
         model.onnx           uint8 [batch, H, W, 3] → float32 [batch, D], unit rows
@@ -132,6 +133,17 @@ class Verdict(Contract):
     """Why, with figures."""
     scores: dict[str, float]
     """What was measured."""
+
+
+class Best(Contract):
+    """best.json: the measurement of a run with the highest kNN accuracy, where folder names serve as labels."""
+
+    step: int
+    """Steps done then."""
+    knn: float
+    """Leave-one-out kNN accuracy of the sample in %, k = 20."""
+    weights_sha256: str
+    """Digest of the tensors in best.safetensors."""
 
 
 class CanaryPicture(Contract):
@@ -276,11 +288,19 @@ def read_run(folder: Path) -> RunManifest:
 
 def read_verdict(folder: Path) -> Verdict | None:
     """The verdict of a run, None where it has none. Raises `RefusalError` when it is damaged."""
-    path = folder / "verdict.json"
+    return _read_if_there(Verdict, folder / "verdict.json")
+
+
+def read_best(folder: Path) -> Best | None:
+    """What best.safetensors of a run holds, None where it has none. Raises `RefusalError` when it is damaged."""
+    return _read_if_there(Best, folder / "best.json")
+
+
+def _read_if_there(contract: type[Model], path: Path) -> Model | None:
     if not path.is_file():
         return None
     try:
-        return Verdict.model_validate_json(path.read_bytes())
+        return contract.model_validate_json(path.read_bytes())
     except ValidationError as e:
         raise RefusalError(f"{path} cannot be read: resume the run, which writes it again") from e
 

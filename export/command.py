@@ -22,6 +22,7 @@ from export.bundle import (
     RunManifest,
     make_space_id,
     publish,
+    read_best,
     read_run,
     read_verdict,
     sha256_file,
@@ -47,8 +48,9 @@ class Export(BaseModel):
     """The bundle folder to write."""
     images: Path | None = None
     """Pictures to prove parity on; the run's own where absent."""
-    weights: Literal["auto", "adapted", "initial"] = "auto"
-    """Of a run that started from trained weights: those that its verdict found better, or one of both all the same."""
+    weights: Literal["auto", "adapted", "initial", "best"] = "auto"
+    """The last ones, or of a run that started from trained weights those that its verdict found better; `adapted` or
+    `initial` whatever the verdict says; `best`: those with the highest kNN on the way (runs on labelled folders)."""
 
     def cli_cmd(self) -> int:
         """Run the command."""
@@ -64,9 +66,7 @@ def export(asked: Export) -> Bundle:
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     run = read_run(asked.run)
-    weights, digest = _choose_weights(asked, run, console)
-    if digest == run.initial_sha256:  # no step of the run is in them
-        run = run.model_copy(update={"weights_sha256": digest, "method": "none (initial weights)", "steps_done": 0})
+    weights, run = _choose_weights(asked, run, console)
     if asked.out.exists():
         bundle = _same_bundle(asked.out, run)
         if bundle is None:
@@ -116,9 +116,19 @@ def export(asked: Export) -> Bundle:
     return Bundle(asked.out, manifest)
 
 
-def _choose_weights(asked: Export, run: RunManifest, console: Console) -> tuple[Path, str]:
-    """File and digest of the encoder to export."""
-    adapted = asked.run / "encoder.safetensors", run.weights_sha256
+def _choose_weights(asked: Export, run: RunManifest, console: Console) -> tuple[Path, RunManifest]:
+    """File of the encoder to export, and the run as it was when it held those weights."""
+    if asked.weights == "best":
+        best = read_best(asked.run)
+        if best is None:
+            raise RefusalError(
+                f"{asked.run} knows no best encoder, its pictures carry no labels or it was not measured yet: leave "
+                "--weights out"
+            )
+        console.print(f"the encoder of step {best.step:,} is exported, kNN {best.knn:.1f} %")
+        changed = {"weights_sha256": best.weights_sha256, "steps_done": best.step}
+        return asked.run / "best.safetensors", run.model_copy(update=changed)
+    adapted = asked.run / "encoder.safetensors", run
     verdict = read_verdict(asked.run)
     if asked.weights == "auto" and verdict is None and run.initial_sha256 is not None:
         raise RefusalError(
@@ -136,7 +146,9 @@ def _choose_weights(asked: Export, run: RunManifest, console: Console) -> tuple[
             f"the initial encoder is exported, as the run's verdict says: {verdict.sentence} (--weights adapted "
             "exports the other one all the same)"
         )
-    return asked.run / "initial.safetensors", run.initial_sha256
+    # No step of the run is in them.
+    changed = {"weights_sha256": run.initial_sha256, "steps_done": 0, "method": "none (initial weights)"}
+    return asked.run / "initial.safetensors", run.model_copy(update=changed)
 
 
 def _same_bundle(out: Path, run: RunManifest) -> Bundle | None:

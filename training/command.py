@@ -29,7 +29,7 @@ from training.sources import list_sources
 # What a run folder may hold before its first checkpoint.
 _BEFORE = {
     "cache", "unreadable.tsv", "near-duplicates.tsv", "monitor.safetensors", "initial.safetensors", "metrics.jsonl",
-    "report", "report.html", "tensorboard",
+    "report", "report.html", "tensorboard", "best.safetensors", "best.json",
 }  # fmt: skip
 
 
@@ -39,6 +39,10 @@ def train(asked: Train) -> int:
     Under torchrun every process calls this; the first one decodes, logs and saves.
     """
     with _processes(asked), _interrupts():
+        if asked.shard and world_size() == 1:
+            raise RefusalError(
+                "--shard splits a model over processes and there is one: start with torchrun, or leave it out"
+            )
         quiet = rank() > 0
         console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, quiet=quiet)
         hardware = _hardware(asked)

@@ -73,6 +73,9 @@ class Train(BaseModel):
     level, or all."""
     halved_anchors: bool = False
     """Repeat the released code's quirk: 2P anchors are drawn, half of them kept."""
+    anchors_from: Literal["all", "written"] = "all"
+    """Rows that prototypes are drawn from: the whole memory, random rows at first (paper), or those written so far as soon
+    as they are enough."""
     smoothing: float | None = Field(None, ge=0, lt=1)
     """ε, what the anchor's vote lacks to 1."""
     tasks: int | None = Field(None, ge=1)
@@ -128,6 +131,9 @@ class Train(BaseModel):
     """torch.compile of every block: pays off in long runs on a GPU."""
     checkpoint_activations: bool = False
     """Less memory, a third more time: blocks are computed again in the backward pass."""
+    shard: bool = False
+    """Under torchrun: split the student's weights, gradients and optimizer state over the processes (FSDP2), for ViT-L
+    and larger; the same result."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; the process's quota where absent."""
     checkpoint_minutes: float = Field(2.0, gt=0)
@@ -225,6 +231,7 @@ class Recipe(BaseModel):
     support_weight: Literal["cosine", "rescaled", "constant"]
     """See `Train`."""
     halved_anchors: bool
+    anchors_from: Literal["all", "written"]
     """See `Train`."""
     smoothing: float
     """ε."""

@@ -15,7 +15,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from export.bundle import RefusalError, read_run
+from export.bundle import RefusalError, read_run, tensors_sha256
 
 
 def build_vit(model: str, kwargs: dict[str, Any], image_size: int, drop_path: float = 0.0) -> VisionTransformer:
@@ -209,3 +209,13 @@ def load_initial(path: Path, vit: VisionTransformer) -> None:
             "matching --encoder, --patch-size and --image-size"
         )
     vit.load_state_dict(state)
+
+
+def backbone_tensors(vit: nn.Module) -> dict[str, Tensor]:
+    """What a run's weight files hold: float32 on the CPU."""
+    return {name: value.detach().float().cpu().contiguous() for name, value in vit.state_dict().items()}
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """`tensors_sha256` of torch tensors."""
+    return tensors_sha256({name: value.numpy() for name, value in tensors.items()})

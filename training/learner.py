@@ -22,6 +22,17 @@ from training.masks import draw_masks
 from training.method import Method, Moment, Outputs
 from training.schedules import cosine, linear_warmup, warmup_cosine
 from training.seeds import derive
+from training.sharding import (
+    gathered,
+    load_whole,
+    load_whole_optimizer,
+    local,
+    norms,
+    require_grad,
+    shard,
+    sync_gradients,
+    whole,
+)  # fmt: skip
 from training.sop_method import SOP, MaSSL
 from training.views import ViewDraw, ViewKind, Views
 
@@ -41,6 +52,8 @@ class Speed(NamedTuple):
     """torch.compile of every block."""
     checkpoint_activations: bool = False
     """Compute the student's blocks again in the backward pass instead of keeping their activations."""
+    shard: bool = False
+    """Split the student's weights, gradients and moments over the ranks (FSDP2)."""
 
 
 class Crops(NamedTuple):
@@ -94,6 +107,8 @@ class Learner:
         if speed.compile:
             for block in (*vit.blocks, *still.blocks):
                 block.compile()
+        if speed.shard:
+            shard(self.student)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.student, self.method, recipe), lr=recipe.lr, fused=True
         )
@@ -134,11 +149,11 @@ class Learner:
             group["lr"] = lr * group["scale"]
             group["weight_decay"] = now.weight_decay if group["decays"] else 0.0
         if self._replica is None or self._frozen != frozen:
-            self.student.vit.requires_grad_(not frozen)
+            require_grad(self.student, backbone=not frozen)
             self._replica, self._frozen = self._wrapped(), frozen
 
     def _wrapped(self) -> nn.Module:
-        if world_size() == 1:
+        if world_size() == 1 or self.speed.shard:
             return self.student
         return DistributedDataParallel(
             self.student, broadcast_buffers=False, gradient_as_bucket_view=True,
@@ -159,8 +174,8 @@ class Learner:
         generator = torch.Generator().manual_seed(derive(self.recipe.seed, "prototypes", step))
         terms, outputs = self._backward(self._parts(batch, step), batch.groups, now, generator)
         average_gradients(list(self.method.parameters()))
-        norms = clip_each([*self.student.parameters(), *self.method.parameters()], self.recipe.clip)
-        all_finite = (terms["loss"].detach().isfinite() & norms.isfinite().all()).to(torch.float32)
+        gradient_norms = clip_each([*self.student.parameters(), *self.method.parameters()], self.recipe.clip)
+        all_finite = (terms["loss"].detach().isfinite() & gradient_norms.isfinite().all()).to(torch.float32)
         if world_size() > 1:
             torch.distributed.all_reduce(all_finite, torch.distributed.ReduceOp.MIN)
         if self.device.type == "cpu" and not bool(all_finite):
@@ -169,7 +184,8 @@ class Learner:
         self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # the fused kernel skips where it is 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.teacher.follow(self.student, now.momentum)
+        with gathered(self.student):
+            self.teacher.follow(self.student, now.momentum)
         self.method.update(outputs, now)
         return {name: value.detach() for name, value in terms.items()}
 
@@ -230,6 +246,7 @@ class Learner:
         for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
             if isinstance(self._replica, DistributedDataParallel):
                 self._replica.require_backward_grad_sync = i == len(parts) - 1
+            sync_gradients(self.student, i == len(parts) - 1)
             rows = self._student(part, now, i)
             pairs = [(r, g) for r, g in zip(rows, gradient, strict=True) if g is not None and len(r)]
             torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs])
@@ -251,18 +268,20 @@ class Learner:
     # --- state --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything that a step changes."""
+        """Everything that a step changes, whole. Every rank must take part."""
         return {
-            "student": self.student.state_dict(),
+            "student": whole(self.student.state_dict()),
             "teacher": self.teacher.state_dict(),
             "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        for name in ("student", "teacher", "method", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+        self.teacher.load_state_dict(state["teacher"])
+        self.method.load_state_dict(state["method"])
+        load_whole(self.student, state["student"])
+        load_whole_optimizer(self.optimizer, state["optimizer"])
 
 
 def parameter_groups(student: Student, method: Method, recipe: Recipe) -> list[dict[str, Any]]:
@@ -344,6 +363,6 @@ def _pictures(part: Outputs | Crops) -> int:
 def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale down each parameter's own gradient to norm `limit` (1.8: per tensor, not over all); returns the norms."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp_(max=1.0).unbind()))
-    return norms
+    found = norms(gradients)
+    torch._foreach_mul_(local(gradients), list((limit / (found + 1e-6)).clamp_(max=1.0).unbind()))
+    return found

@@ -23,14 +23,15 @@ import timm
 import torch
 from rich.console import Console
 from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
-from export.bundle import EncoderSpec, RefusalError, RunManifest, tensors_sha256, write_file
+from export.bundle import EncoderSpec, RefusalError, RunManifest, write_file
 from export.preprocess import PreprocessSpec
 from training.cache import PictureCache
 from training.checkpoint import load_checkpoint, save_checkpoint, save_offending_step
 from training.config import Hardware, Recipe, Train
 from training.distributed import agree, mean_over_ranks, rank, world_size
+from training.encoder import backbone_tensors, tensors_digest
 from training.learner import Learner, NotFiniteError, Speed
 from training.loader import Batches
 from training.monitor import SAMPLE
@@ -64,12 +65,12 @@ class Trainer:
         self.views = Views(recipe.views, recipe.mean, recipe.std, _PRECISION[self.precision])
         speed = Speed(
             _PRECISION[self.precision], self.precision == "bfloat16", asked.accumulate, asked.compile,
-            asked.checkpoint_activations,
+            asked.checkpoint_activations, asked.shard,
         )  # fmt: skip
         self.learner = Learner(recipe, self.device, speed, self.views, self._initial_weights())
         # What the run started from, apart from where it lay then.
-        self.initial = _tensors(self.learner.teacher.vit) if recipe.init is not None else None
-        self.initial_sha256 = None if self.initial is None else _digest(self.initial)
+        self.initial = backbone_tensors(self.learner.teacher.vit) if recipe.init is not None else None
+        self.initial_sha256 = None if self.initial is None else tensors_digest(self.initial)
         self.stopped = False
         self._batches: Batches | None = None
         self._waited = 0.0
@@ -227,8 +228,9 @@ class Trainer:
         """No update was made by the step, so that the weights are still those which it began with."""
         indices = self.batches().indices(step).tolist()
         keys = [self.cache.pictures[i].key for i in indices]
+        state = self.learner.state()
         if rank() == 0:
-            save_offending_step(self.run, self.identity(), step, self.learner.state(), keys, terms)
+            save_offending_step(self.run, self.identity(), step, state, keys, terms)
         found = [f"{name} is {float(value)}" for name, value in terms.items() if not math.isfinite(value)]
         what = found[0] if found else "a gradient is not finite"
         raise RefusalError(
@@ -258,16 +260,17 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write checkpoint, encoder and run.json, each atomically. Raises `RefusalError` rather than keep broken weights."""
+        state = self.learner.state()
         if rank() > 0:
             return
-        student, teacher = self.learner.student, self.learner.teacher
-        if not all(bool(torch.isfinite(p).all()) for p in student.parameters()):
+        teacher = self.learner.teacher
+        if not all(bool(torch.isfinite(value).all()) for value in state["student"].values()):
             raise RefusalError(
                 f"the weights are not finite at step {step}; the last checkpoint is intact: lower --lr, or use "
                 "--precision float32, with another --out"
             )
-        save_checkpoint(self.run, self.identity(), step, self.learner.state())
-        encoder = _tensors(teacher.vit)
+        save_checkpoint(self.run, self.identity(), step, state)
+        encoder = backbone_tensors(teacher.vit)
         write_file(self.run / "encoder.safetensors", save_safetensors(encoder))
         manifest = RunManifest(
             method=self.recipe.method,
@@ -281,7 +284,7 @@ class Trainer:
             seed=self.recipe.seed,
             steps_done=step,
             steps_total=self.recipe.steps,
-            weights_sha256=_digest(encoder),
+            weights_sha256=tensors_digest(encoder),
             initial_sha256=self.initial_sha256,
         )
         write_file(self.run / "run.json", manifest.model_dump_json(indent=2))
@@ -360,14 +363,6 @@ def _on_cpu(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: _on_cpu(value) for key, value in state.items()}
     return [_on_cpu(value) for value in state] if isinstance(state, list) else copy.deepcopy(state)
-
-
-def _tensors(vit: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().float().cpu().contiguous() for name, value in vit.state_dict().items()}
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    return tensors_sha256({name: value.numpy() for name, value in tensors.items()})
 
 
 def _git_revision() -> str | None:

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from export.bundle import RefusalError, write_file
+from export.bundle import Best, RefusalError, read_best, write_file
 from export.preprocess import UnreadablePictureError, preprocess
 from training.alarms import alarms
-from training.encoder import build_vit
+from training.encoder import backbone_tensors, build_vit, tensors_digest
 from training.metrics_log import MetricsLog
 from training.monitor import SAMPLE, Monitor, read_history
 from training.picture import Picture
@@ -24,6 +24,8 @@ from training.verdict import judge
 
 if TYPE_CHECKING:
     from training.loop import Trainer
+
+NOTABLE_POINTS = 2.0  # of kNN: about twice the standard error on a sample of 2,000 pictures
 
 
 class Observer:
@@ -41,6 +43,7 @@ class Observer:
         self.snapshots = Snapshots(self.run, self.monitor.pictures, self.monitor.labels, start)
         self.history = read_history(self.run / "metrics.jsonl", start)
         self._alarmed: set[str] = set()
+        self._best = read_best(self.run) if resumed else None
 
     def measure(self, step: int) -> None:
         """Measure, log, print, and alarm."""
@@ -52,6 +55,7 @@ class Observer:
         assert self.monitor.latest is not None
         maps = self.monitor.maps(learner.teacher, self.snapshots.mapped)
         self.snapshots.write(step, self.monitor.latest, maps)
+        self._keep_best(step, health.knn)
         knn = "" if math.isnan(health.knn) else f"   kNN {health.knn:.1f} %"
         self.console.print(
             f"step {step:>6,}   mean cosine {health.features.mean_cosine:.3f} (head {health.heads.mean_cosine:.3f})   "
@@ -66,10 +70,28 @@ class Observer:
             self.log.write(step=step, alarm=str(alarm), kind=alarm.kind)
         self._alarmed = {alarm.kind for alarm in found}
 
+    def _keep_best(self, step: int, knn: float) -> None:
+        """best.safetensors is the encoder of the highest kNN so far, after step 0; json last: it is what vouches."""
+        if (
+            step == 0
+            or math.isnan(knn)
+            or (self._best is not None and self._best.step != step and knn <= self._best.knn)
+        ):
+            return
+        tensors = backbone_tensors(self.trainer.learner.teacher.vit)
+        self._best = Best(step=step, knn=knn, weights_sha256=tensors_digest(tensors))
+        write_file(self.run / "best.safetensors", save_safetensors(tensors))
+        write_file(self.run / "best.json", self._best.model_dump_json(indent=2))
+
     def finish(self, done: bool = True) -> None:
         """Report of a run that ends or stops, after the verdict where it is done."""
         if done and self.trainer.recipe.init is not None:
             self._judge()
+        if done and self._best is not None and self._best.knn - self.history[-1].knn > NOTABLE_POINTS:
+            self.console.print(
+                f"kNN was {self._best.knn:.1f} % at step {self._best.step:,} and is {self.history[-1].knn:.1f} % now: "
+                f"likewise export {self.run} --weights best exports the encoder of then"
+            )
         from training.report import write_report  # matplotlib: not at start-up
 
         self.console.print(f"report: {write_report(self.run)}")

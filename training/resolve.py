@@ -18,7 +18,8 @@ _PAPER: dict[str, Any] = {
     "student_temperature": 0.1, "teacher_temperature": (0.04, 0.07), "temperature_warmup": 0.1, "momentum": 0.996,
     "tasks": 1, "prototypes": 65536, "prototype_freeze": 0.01, "centre_momentum": 0.9, "teacher_votes": "softmax",
     "koleo_weight": (0.0, 0.0), "variance_weight": 0.0, "sigreg_weight": 0.0, "mean_entropy_weight": 0.0,
-    "support_weight": "cosine", "halved_anchors": False, "head_steps": 0, "backbone_lr": 1.0, "layer_decay": 1.0,
+    "support_weight": "cosine", "halved_anchors": False, "anchors_from": "all", "head_steps": 0, "backbone_lr": 1.0,
+    "layer_decay": 1.0,
     "mim_weight": 1.0, "mask_kind": "block", "mask_probability": 0.5, "mask_ratio": (0.1, 0.5), "drop_path": 0.1,
 }  # fmt: skip
 _SMALL: dict[str, Any] = {
@@ -39,7 +40,7 @@ _ADAPT: dict[str, Any] = {"backbone_lr": 0.1, "layer_decay": 0.7}
 _TAKEN_AS_GIVEN = (
     "support", "smoothing", "tasks", "prototypes", "head_dim", "student_temperature", "momentum", "variance_weight",
     "sigreg_weight", "mean_entropy_weight", "teacher_votes", "mim_weight", "local_crops", "support_weight",
-    "halved_anchors", "mask_kind", "mask_ratio", "mask_probability",
+    "halved_anchors", "anchors_from", "mask_kind", "mask_ratio", "mask_probability",
 )  # fmt: skip
 SMALL_BELOW = 50_000
 # timm's own class at sizes that two cores train: about 1 M and 0.1 M parameters.

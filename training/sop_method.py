@@ -37,7 +37,7 @@ class SOP(Method):
         student, teacher = self._centred(outputs.student), self._centred(outputs.teacher)
         parts = [
             self._image_terms(student, teacher, outputs.views, prototypes, moment)
-            for prototypes in self.draw(generator)
+            for prototypes in self.draw(generator, moment)
         ]
         terms = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         loss = terms["loss_image"]
@@ -65,11 +65,19 @@ class SOP(Method):
             loss = loss + r.mim_weight * terms["loss_patch"]
         return {**terms, "loss": loss}
 
-    def draw(self, generator: torch.Generator) -> list[Prototypes]:
+    def drawn_from(self, moment: Moment) -> Tensor:
+        """The rows of the memory [n, d] that prototypes are drawn from."""
+        r = self.recipe
+        written = moment.step * r.batch_size  # known without asking the device
+        enough = r.anchors * (2 if r.halved_anchors else 1) + max(1, r.support)
+        whole = r.anchors_from == "all" or not enough <= written < r.memory
+        return self.memory.rows if whole else self.memory.rows[:written]
+
+    def draw(self, generator: torch.Generator, moment: Moment) -> list[Prototypes]:
         """The prototype sets of one step: T independent draws, whose losses are averaged (1.6)."""
         r = self.recipe
         return draw_many(
-            self.memory.rows, r.tasks, r.anchors, r.support, generator, r.smoothing,
+            self.drawn_from(moment), r.tasks, r.anchors, r.support, generator, r.smoothing,
             halved_anchors=r.halved_anchors, support_weight=r.support_weight,
         )  # fmt: skip
 
@@ -129,9 +137,9 @@ class MaSSL(SOP):
     """MaSSL (Silva et al. 2024): every row of the memory is its own class, in random blocks of P whose losses are
     averaged. It is SOP with k = 0 and ε = 0, drawn over all N / P blocks of one permutation (spec/sop.md section 6)."""
 
-    def draw(self, generator: torch.Generator) -> list[Prototypes]:
+    def draw(self, generator: torch.Generator, moment: Moment) -> list[Prototypes]:
         """All blocks of one permutation of the memory."""
-        rows = self.memory.rows
+        rows = self.drawn_from(moment)
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
         blocks = order[: len(rows) // self.recipe.anchors * self.recipe.anchors].view(-1, self.recipe.anchors)
         return [Prototypes(rows[block][:, None], rows.new_ones(len(block), 1)) for block in blocks]

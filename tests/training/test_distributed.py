@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 
 from likewise import main
 from tests.conftest import TINY
@@ -78,6 +79,23 @@ def test_a_run_goes_on_with_another_number_of_processes(alone: Path, pictures: P
     assert losses(out) == pytest.approx(losses(alone), rel=1e-5)
 
 
+def test_shards_are_the_whole_and_go_on_without(alone: Path, pictures: Path, tmp_path: Path) -> None:
+    """FSDP2 with a frozen backbone at first, and gradients summed over two parts; its checkpoint is an ordinary one."""
+    flags = [str(pictures), *FLAGS, "--init", str(alone), "--head-steps", "3"]
+    plain, sharded = tmp_path / "plain", tmp_path / "sharded"
+    assert main(["train", "--out", str(plain), *flags]) == 0
+    torchrun("train", "--out", str(sharded), "--shard", "--accumulate", "2", *flags)
+    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-5)
+    one, two = (torch.load(run / CHECKPOINT, weights_only=True)["state"] for run in (plain, sharded))
+    assert one["optimizer"]["state"].keys() == two["optimizer"]["state"].keys()
+    for i, moments in one["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.allclose(two["optimizer"]["state"][i][name], value, rtol=1e-4, atol=1e-9), (i, name)
+    for part in ("student", "teacher"):
+        for name, value in one[part].items():
+            assert torch.allclose(two[part][name], value, atol=1e-6), (part, name)
+
+
 def test_a_batch_in_parts_is_a_whole_batch(alone: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "parts"
     assert main(["train", str(pictures), "--out", str(out), "--accumulate", "3", *FLAGS]) == 0
@@ -137,31 +155,39 @@ def test_coupled_terms_and_their_gradients_are_those_of_the_whole_batch(tmp_path
 # --- what ranks hold --------------------------------------------------------------------------------------------
 
 
-def train_on_rank(rank: int, folder: str, method: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{method}", rank=rank, world_size=2)
+def train_on_rank(rank: int, folder: str, name: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{name}", rank=rank, world_size=2)
+    method, _, sharded = name.partition(" ")
     asked = {"encoder": "vit_nano", "image_size": 32, "patch_size": 8, "steps": 40, "batch_size": 8, "method": method}
     if method == "sop":
         asked["mim_weight"] = 1.0
     hardware = Hardware("cpu", "CPU", 1, False, 2)
     recipe, _ = resolve(Train(pictures="p", out=Path("o"), **asked), 200, hardware)
     views = Views("photographs", recipe.mean, recipe.std)
-    learner = Learner(recipe, torch.device("cpu"), Speed(), views)
+    learner = Learner(recipe, torch.device("cpu"), Speed(shard=bool(sharded)), views)
     pixels = torch.randint(0, 256, (8, 48, 48, 3), dtype=torch.uint8, generator=torch.manual_seed(3))
     mine = slice(4 * rank, 4 * rank + 4)
     batch = Batch(pixels[mine], torch.ones(4), torch.arange(8)[mine], torch.arange(8)[mine])
     for step in range(4):
         learner.step(batch, step)
-    torch.save(learner.state(), Path(folder) / f"{method}-{rank}.pt")
+        if step == 1:
+            learner.load(learner.state())
+    if sharded:
+        weights = [x for x in learner.student.parameters() if isinstance(x, DTensor)]
+        moments = [v["exp_avg"].to_local().numel() for v in learner.optimizer.state.values()]
+        assert len(weights) == len(list(learner.student.parameters()))
+        assert sum(moments) < 0.6 * sum(x.numel() for x in weights)
+    torch.save(learner.state(), Path(folder) / f"{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["sop", "dino"])
-def test_memories_and_weights_are_bit_equal_on_all_ranks(tmp_path: Path, method: str) -> None:  # 11
-    mp.spawn(train_on_rank, (str(tmp_path), method), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True) for rank in (0, 1))
+@pytest.mark.parametrize("name", ["sop", "dino", "sop sharded"])
+def test_memories_and_weights_are_bit_equal_on_all_ranks(tmp_path: Path, name: str) -> None:  # 11
+    mp.spawn(train_on_rank, (str(tmp_path), name), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
     for part in ("method", "student", "teacher"):
         assert first[part].keys() == second[part].keys() and first[part]
         for name, value in first[part].items():
             assert torch.equal(value, second[part][name]), (part, name)
-    if method == "sop":
+    if name.startswith("sop"):
         assert int(first["method"]["memory.head"]) == 32 % len(first["method"]["memory.rows"])

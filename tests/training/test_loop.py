@@ -20,16 +20,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.bundle import Bundle, RefusalError, read_run, read_verdict, tensors_sha256
+from export.bundle import Bundle, RefusalError, read_best, read_run, read_verdict, tensors_sha256
 from likewise import main
 from tests.conftest import TINY
 from tests.shapes import write_shapes
 from training.checkpoint import NAME as CHECKPOINT
 from training.config import Hardware, Recipe, Train
-from training.encoder import Student, Teacher, build_vit, reset_linear_layers
+from training.encoder import Student, Teacher, build_vit, reset_linear_layers, tensors_digest
 from training.head import Head
 from training.learner import clip_each
 from training.masks import block_masks
+from training.observer import NOTABLE_POINTS
 from training.resolve import resolve
 from training.seeds import derive
 from training.verdict import decide
@@ -158,6 +159,7 @@ def test_refusals(run: Path, pictures: Path, tmp_path: Path, refused: Callable[.
     assert "9 readable pictures, at least 32" in refused("train", few, "--out", out, *TINY)
     assert "--resume" in refused("train", pictures, "--out", run, *TINY)
     assert "another configuration (" in refused("train", pictures, "--out", run, "--resume", "--steps", "9", *TINY)
+    assert "start with torchrun" in refused("train", pictures, "--out", out, "--shard", *TINY)
     assert "choose one" in refused("train", pictures, "--out", out, "--steps", "1", "--epochs", "1", *TINY)
     o = tmp_path / "o"
     assert "exceeds the 64" in refused("train", pictures, "--out", o, "--batch-size", "65", "--resume", *TINY)
@@ -551,6 +553,39 @@ def test_a_run_from_trained_weights_ends_with_a_verdict_that_export_follows(
         assert ("as the run's verdict says" in capfd.readouterr().err) == (weights == "auto")
         tensors = {name: value.numpy() for name, value in load_file(out / f"{file}.safetensors").items()}
         assert Bundle.open(bundle).manifest.weights_sha256 == tensors_sha256(tensors)
+
+
+def test_the_encoder_of_the_best_measurement_is_kept_and_exported(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = ["train", str(pictures), "--out", str(out), "--steps", "12", "--lr", "0.05", *TINY]  # too fast to last
+    assert main(flags) == 0
+    best = read_best(out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["knn"] for line in lines if "knn" in line and line["step"] > 0}
+    assert best is not None and best.knn == max(measured.values()) == measured[best.step]
+    assert best.step < 12, "the last one is the best one: this shows nothing"
+    stored = load_file(out / "best.safetensors")
+    assert tensors_digest(stored) == best.weights_sha256
+    assert not same(stored, load_file(out / "encoder.safetensors"))
+    said = "--weights best" in capfd.readouterr().err
+    assert said == (best.knn - measured[12] > NOTABLE_POINTS)
+    assert main(["export", str(out), "--out", str(tmp_path / "b"), "--weights", "best"]) == 0
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert (manifest.weights_sha256, manifest.provenance["steps_done"]) == (best.weights_sha256, best.step)
+
+
+def test_without_labels_there_is_no_best_encoder(pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(pictures.rglob("*.png"))):
+        (flat / f"{i}.png").write_bytes(path.read_bytes())
+    out = tmp_path / "run"
+    assert main(["train", str(flat), "--out", str(out), "--steps", "2", *TINY]) == 0
+    assert not (out / "best.safetensors").exists()
+    said = refused("export", out, "--out", tmp_path / "b", "--weights", "best")
+    assert "no best encoder" in said and "leave --weights out" in said
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,24 @@ def test_sop_is_its_equations_on_its_memories() -> None:
 def test_several_draws_are_averaged() -> None:
     method = SOP(recipe(tasks=3, koleo_weight=0.0)).double()
     out, seeds = outputs(), generator()
-    parts = [image_loss(out.student, out.teacher, V, p, 0.1, 0.04) for p in method.draw(seeds)]
+    parts = [image_loss(out.student, out.teacher, V, p, 0.1, 0.04) for p in method.draw(seeds, NOW)]
     assert len(parts) == 3 and len({float(p) for p in parts}) == 3
     assert torch.allclose(method.terms(out, NOW, generator())["loss"], torch.stack(parts).mean())
+
+
+@pytest.mark.parametrize("kind", [SOP, MaSSL])
+def test_prototypes_come_from_written_rows_where_asked(kind: type[SOP]) -> None:
+    r = recipe(anchors_from="written", memory=256, anchors=16, method="sop" if kind is SOP else "massl")
+    method = kind(r)
+
+    def found(step: int) -> set[int]:
+        """Indices of the rows that were drawn."""
+        rows = torch.cat([p.D.flatten(0, 1) for p in method.draw(generator(), NOW._replace(step=step))])
+        return set((rows @ method.memory.rows.T).argmax(1).tolist())
+
+    assert max(found(8)) < 8 * B < r.memory  # 48 rows are enough for 16 anchors and their support
+    assert max(found(2)) >= 2 * B  # 12 are not: drawn from all
+    assert max(found(60)) > r.memory // 2  # the memory has turned over
 
 
 def test_massl_is_cross_entropy_over_the_rows_of_every_block() -> None:

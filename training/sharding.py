@@ -1,0 +1,100 @@
+"""FSDP2 (torch.distributed.fsdp.fully_shard): the student in shards, for backbones such as ViT-L whose copies fill a GPU.
+
+Weights, gradients and AdamW's two moments of the student are split over the ranks; the teacher, which has neither
+gradients nor moments, and the method's memories stay whole on every rank, so that whatever looks at them is the same as
+without shards. What leaves a process, a state, is whole too: a run goes on with or without `--shard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from training.encoder import Student
+
+
+def shard(student: Student) -> None:
+    """Split a student over all ranks: one group of parameters per block, and one of the rest."""
+    for block in student.vit.blocks:
+        fully_shard(block)
+    fully_shard(student)
+
+
+@contextmanager
+def gathered(student: Student) -> Iterator[None]:
+    """Within, the parameters of a sharded student are ordinary whole tensors, to read. Every rank must take part."""
+    groups = [module for module in student.modules() if isinstance(module, FSDPModule)]
+    for module in groups:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in groups:
+            module.reshard()
+
+
+def require_grad(student: Student, backbone: bool) -> None:
+    """Let the backbone learn, or freeze it. FSDP2 keeps a second set of parameters, the gathered ones."""
+    student.vit.requires_grad_(backbone)
+    with gathered(student):
+        student.vit.requires_grad_(backbone)
+
+
+def sync_gradients(student: nn.Module, now: bool) -> None:
+    """Whether the next backward pass of a sharded student sums gradients over ranks, or keeps them for a later one."""
+    if isinstance(student, FSDPModule):
+        student.set_requires_gradient_sync(now)
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor; the tensor itself where it is whole."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm [n] of each whole tensor, the same on every rank."""
+    found = torch.stack(torch._foreach_norm(local(tensors)))
+    split = torch.tensor([isinstance(x, DTensor) for x in tensors], device=found.device)
+    if any(isinstance(x, DTensor) for x in tensors):
+        squares = torch.where(split, found.square(), 0.0)
+        dist.all_reduce(squares)
+        found = torch.where(split, squares.sqrt(), found)
+    return found
+
+
+def whole(state: Any) -> Any:
+    """A state with every shard gathered, on the CPU. Every rank must take part."""
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    return [whole(value) for value in state] if isinstance(state, list) else state
+
+
+def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """`module.load_state_dict` of whole tensors; each rank keeps its shards."""
+    own = module.state_dict()
+    module.load_state_dict({name: _like(own[name], value) if name in own else value for name, value in state.items()})
+
+
+def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict` of whole moments; each rank keeps its shards."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        i: {name: _like(parameters[i], x) if isinstance(x, Tensor) and x.ndim else x for name, x in entry.items()}
+        for i, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
+
+
+def _like(mine: Tensor, value: Tensor) -> Tensor:
+    if not isinstance(mine, DTensor):
+        return value
+    return distribute_tensor(value.to(mine.device), mine.device_mesh, mine.placements, src_data_rank=None)
