@@ -26,7 +26,7 @@ from export.preprocess import find_pictures, preprocess
 from tests.shapes import write_shapes
 from training.command import train
 from training.config import Train
-from training.encoder import build_vit
+from training.encoder import build_vit, class_features
 from training.knn import knn_accuracy, pixel_features
 from training.monitor import effective_rank, mean_cosine
 from training.views import Views
@@ -49,8 +49,7 @@ def features(run: Path, pixels: Tensor) -> Tensor:
     vit = build_vit(spec.model, spec.kwargs, spec.image_size).eval()
     vit.load_state_dict(load_file(run / "encoder.safetensors"))
     views = Views("photographs", spec.mean, spec.std)
-    with torch.no_grad():
-        return torch.cat([vit.forward_features(views.normalise(part))[:, 0] for part in pixels.split(256)])
+    return class_features(vit, pixels, views.normalise, torch.device("cpu"))
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,19 @@ def tokens(
 def split_tokens(vit: VisionTransformer, all_tokens: Tensor) -> tuple[Tensor, Tensor]:
     """[N, prefix + L, C] → [CLS] [N, C] and patches [N, L, C] (registers are dropped)."""
     return all_tokens[:, 0], all_tokens[:, vit.num_prefix_tokens :]
+
+
+@torch.no_grad()
+def class_features(
+    vit: VisionTransformer,
+    pixels: Tensor,
+    normalise: Callable[[Tensor], Tensor],
+    device: torch.device,
+    chunk: int = 256,
+) -> Tensor:
+    """[CLS] after the final norm [M, C], float32 on the CPU, of prepared pictures uint8 [M, H, W, 3], `chunk` at a time."""
+    parts = pixels.split(chunk)
+    return torch.cat([vit.forward_features(normalise(part.to(device)))[:, 0].float().cpu() for part in parts])
 
 
 def load_initial(path: Path, vit: VisionTransformer) -> None:

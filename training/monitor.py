@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from export.bundle import RefusalError
-from training.encoder import Teacher
+from training.encoder import Teacher, class_features
 from training.knn import K, pixel_features
 from training.snapshots import patch_similarity
 from training.statistics import (
@@ -140,13 +140,10 @@ class Monitor:
 
     def features(self, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """[CLS] features [M, C] and head outputs [M, d], float32 on the CPU."""
-        features, heads = [], []
+        features = class_features(teacher.vit, self.pictures, self._normalise, self._device)
+        dtype = next(teacher.head.parameters()).dtype
         with torch.no_grad():
-            for part in self.pictures.split(256):
-                cls = teacher.vit.forward_features(self._normalise(part.to(self._device)))[:, 0]
-                features.append(cls.float().cpu())
-                heads.append(teacher.head(cls).float().cpu())
-        return torch.cat(features), torch.cat(heads)
+            return features, teacher.head(features.to(self._device, dtype)).float().cpu()
 
     def maps(self, teacher: Teacher, rows: Tensor) -> Tensor:
         """Patch similarities [len(rows), 2, h, w] of the sample's pictures `rows` (`training.snapshots`)."""

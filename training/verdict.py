@@ -20,7 +20,7 @@ from torch import Tensor
 
 from export.bundle import Embeddings, Verdict
 from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError
-from training.encoder import VisionTransformer
+from training.encoder import VisionTransformer, class_features
 from training.evaluate.edits import EDITS
 from training.evaluate.label_free import compare, label_free_all
 from training.evaluate.metrics import Interval, bootstrap
@@ -107,13 +107,9 @@ def _named(difference: Interval) -> str:
 def _embedder(
     vit: VisionTransformer, normalise: Callable[[Tensor], Tensor], device: torch.device
 ) -> Callable[[Pixels], Embeddings]:
-    @torch.no_grad()
     def embed(pixels: Pixels) -> Embeddings:
-        rows = [
-            vit.forward_features(normalise(part.to(device)))[:, 0].float().cpu()
-            for part in torch.from_numpy(pixels).split(64)
-        ]
-        unit: Embeddings = F.normalize(torch.cat(rows), dim=1).numpy()
+        features = class_features(vit, torch.from_numpy(pixels), normalise, device, 64)
+        unit: Embeddings = F.normalize(features, dim=1).numpy()
         return unit
 
     return embed
