@@ -57,9 +57,9 @@ def run_slice(command: list[str], deadline: float) -> bool:
     return code == 0
 
 
-def figures_of(run: Path, train: Path, test: Path, out: Path) -> dict[str, Any]:
-    """kNN and linear accuracy of a run and its baselines, in %."""
-    evaluate(Evaluate(source=run, data=test, bank=train, out=out, tasks=["knn", "linear"]))
+def figures_of(run: Path, train: Path, test: Path, out: Path, baselines: bool) -> dict[str, Any]:
+    """kNN and linear accuracy of a run, and of its baselines where asked for."""
+    evaluate(Evaluate(source=run, data=test, bank=train, out=out, tasks=["knn", "linear"], baselines=baselines))
     return json.loads((out / "results.json").read_text())
 
 
@@ -106,7 +106,8 @@ def main() -> None:
                     if not run_slice(command, deadline):
                         print(f"slice ended in {name}; the same command continues")
                         raise SystemExit(CONTINUE)
-                    figures_of(run, train, test, run / "evaluation")
+                    first = method == args.methods[0]  # the baselines are the same for every method of a seed
+                    figures_of(run, train, test, run / "evaluation", first)
                 manifest = read_run(run)
                 results.setdefault(f"{method}-{size}", {})[seed] = {
                     "results": json.loads(done.read_text()), "steps": manifest.steps_done,

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from export.bundle import RefusalError, read_run, tensors_sha256
+from export.weights import fit_state, read_state
 
 
 def build_vit(model: str, kwargs: dict[str, Any], image_size: int, drop_path: float = 0.0) -> VisionTransformer:
@@ -176,53 +174,11 @@ def load_initial(path: Path, vit: VisionTransformer) -> None:
     if path.is_dir():
         read_run(path)
         path = path / "encoder.safetensors"
-    if not path.is_file():
-        raise RefusalError(f"--init {path} is not a file: give a timm state dict (.safetensors, .pth) or a run folder")
+    advice = "choose the matching --encoder, --patch-size and --image-size"
     try:
-        state: dict[str, Any] = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as e:  # torch and safetensors raise types of their own
-        first = (str(e) or type(e).__name__).splitlines()[0]
-        raise RefusalError(f"--init {path} cannot be read as weights ({first}): give .safetensors or .pth") from e
-    for wrapper in ("state_dict", "model", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise RefusalError(
-            f"--init {path} holds a {type(state).__name__} that is no state dict (name → tensor): save model.state_dict()"
-        )
-    state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
-    # Heads, and the token that only masked training uses.
-    state = {k: v for k, v in state.items() if not k.startswith(("head", "fc_norm")) and k != "mask_token"}
-    own = vit.state_dict()
-    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    position = state.get("pos_embed")
-    if (
-        position is not None
-        and position.ndim == 3
-        and position.shape != own["pos_embed"].shape
-        and (position.shape[1] > prefix and math.isqrt(position.shape[1] - prefix) ** 2 == position.shape[1] - prefix)
-    ):
-        state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"], new_size=list(vit.patch_embed.grid_size), num_prefix_tokens=prefix
-        )
-    missing = sorted(own.keys() - state.keys())
-    unknown = sorted(state.keys() - own.keys())
-    wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    if missing or unknown or wrong:
-        parts = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-            for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
-            if keys
-        ]
-        raise RefusalError(
-            f"--init {path} holds weights of another architecture than this encoder: {'; '.join(parts)}: choose the "
-            "matching --encoder, --patch-size and --image-size"
-        )
-    vit.load_state_dict(state)
+        vit.load_state_dict(fit_state(read_state(path), vit, str(path), advice))
+    except RefusalError as e:
+        raise RefusalError(f"--init {e}") from e
 
 
 def backbone_tensors(vit: nn.Module) -> dict[str, Tensor]:

@@ -52,6 +52,8 @@ class Evaluate(BaseModel):
     fit: Literal["crop", "pad"] | None = None
     """Crop the centre, or pad to the longer side; as the run says where absent (weights: crop). Runs and weights only."""
 
+    baselines: bool = True
+    """Also measure what needs no learning: pixels, colour histogram, perceptual hash, and the untrained network."""
     label_free_queries: int = Field(500, ge=2)
     """Pictures that are edited for the label-free score."""
     seed: int = 0

@@ -24,7 +24,8 @@ from export.bundle import (
     tensors_sha256,
 )
 from export.preprocess import Pixels, PreprocessSpec
-from training.encoder import VisionTransformer, build_vit, load_initial, native_sizes, reset_linear_layers
+from export.weights import fit_state, read_state
+from training.encoder import VisionTransformer, build_vit, native_sizes, reset_linear_layers
 from training.evaluate.config import Evaluate
 from training.evaluate.features import Extractor
 
@@ -172,11 +173,8 @@ def _open_weights(path: Path, asked: Evaluate, device: torch.device) -> Encoder:
         return build_vit(asked.model or "", kwargs, size)
 
     vit = build()
-    try:
-        load_initial(path, vit)
-    except RefusalError as e:  # its sentence speaks of train's flags
-        said = str(e).replace("--init ", "").replace("--encoder, --patch-size", "--model, --patch-size")
-        raise RefusalError(said) from e
+    advice = "choose the matching --model, --patch-size and --image-size"
+    vit.load_state_dict(fit_state(read_state(path), vit, str(path), advice))
     config: Any = vit.pretrained_cfg
     normal = (tuple(config["mean"]), tuple(config["std"])) if asked.normalization == "model" else IMAGENET
     prepared = _preprocess(PreprocessSpec(size=size), asked)

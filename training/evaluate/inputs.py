@@ -68,10 +68,11 @@ class Inputs:
         self.ranked: Labelled | None = None  # of the last task with labels, for the plots
         self._features: dict[tuple[str, bool], Features] = {}
         spec = encoders[0].extractor.spec
-        fresh = encoders[0].untrained
-        self.baselines = [Extractor(name, sha256_json(["baseline", name]), spec, f) for name, f in BASELINES.items()]
+        fresh = encoders[0].untrained if asked.baselines else None
+        beside = BASELINES if asked.baselines else {}
+        self.baselines = [Extractor(name, sha256_json(["baseline", name]), spec, f) for name, f in beside.items()]
         self.extractors = [*(e.extractor for e in encoders), *([fresh()] if fresh else []), *self.baselines]
-        if fresh is None:
+        if fresh is None and asked.baselines:
             self.notes.append(
                 f"{encoders[0].extractor.name} is a bundle: no untrained network of its architecture is measured beside it "
                 "(evaluate the run for that)"
