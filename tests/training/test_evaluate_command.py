@@ -72,6 +72,9 @@ def test_a_labelled_folder_is_measured_leave_one_out(
     # Again: the same figures, from the features that were kept.
     stored = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "features").iterdir()}
     assert evaluate(run, pictures, "--out", tmp_path / "out")["tasks"] == found["tasks"]
+    alone = evaluate(run, pictures, "--out", tmp_path / "out", "--no-baselines")
+    assert all(set(task["results"]) == {"run"} for task in alone["tasks"].values())
+    assert alone["tasks"]["knn"]["results"]["run"] == found["tasks"]["knn"]["results"]["run"]
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "features").iterdir()} == stored
 
 
