@@ -106,7 +106,7 @@ def main() -> None:
                     if not run_slice(command, deadline):
                         print(f"slice ended in {name}; the same command continues")
                         raise SystemExit(CONTINUE)
-                    first = method == args.methods[0]  # the baselines are the same for every method of a seed
+                    first = seed == seeds[0] and method == args.methods[0]  # the baselines are the same for all
                     figures_of(run, train, test, run / "evaluation", first)
                 manifest = read_run(run)
                 results.setdefault(f"{method}-{size}", {})[seed] = {

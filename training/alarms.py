@@ -26,7 +26,7 @@ LOW_RANK = 0.35  # of the network's effective rank at step 0, or ...
 LOWEST_RANK = 3.0
 UNIFORM = 0.97  # of the largest entropy
 FEW = 0.3  # of the largest entropy
-SAME_NEIGHBOURS = {RAW: 0.35, GREY: 0.35, UNTRAINED: 0.7}  # overlap@10, without labels, ...
+SAME_NEIGHBOURS = {RAW: 0.35, GREY: 0.35, UNTRAINED: 0.7}  # overlap@10 over chance, without labels, ...
 UNTRAINED_AFTER = 0.5  # ... the last from this share of the steps on: a short healthy run leaves its start slowly
 
 
@@ -151,10 +151,11 @@ def _shortcut(now: Health, progress: float) -> list[Alarm]:
             text = f"shortcut: the features' kNN of {now.knn:.1f} % is no better than that of {' and of '.join(beaten)}"
             return [Alarm("shortcut", text, views)]
         return []
+    over_chance = {name: (share - now.chance) / (1 - now.chance) for name, share in now.overlap.items()}
     same = [
         f"{100 * share:.0f} % those of {_named(name)}"
         for name, share in now.overlap.items()
-        if share > SAME_NEIGHBOURS.get(name, 1.0) and (name != UNTRAINED or progress >= UNTRAINED_AFTER)
+        if over_chance[name] > SAME_NEIGHBOURS.get(name, 1.0) and (name != UNTRAINED or progress >= UNTRAINED_AFTER)
     ]
     if same:
         text = (

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from export.bundle import DataFingerprint, RefusalError, make_folder, printable, publish, sha256_json, write_file
 from export.preprocess import Pixels, PreprocessSpec
+from training.device import send
 from training.duplicates import Hashes, near_duplicates
 from training.picture import Picture
 from training.shards import Verify, is_whole, plan_shards, read_again, read_note, write_shard
@@ -92,7 +93,7 @@ class PictureCache:
     def gather(self, indices: Tensor, device: torch.device) -> Tensor:
         """Pixels of the pictures at `indices` [B]: uint8 [B, S, S, 3] on `device`."""
         if self._resident is not None:
-            return self._resident[indices.to(self._resident.device, non_blocking=True)].to(device)
+            return self._resident[send(indices, self._resident.device)].to(device)
         wanted = indices.numpy()
         out = torch.empty((len(wanted), *self._shards[0].shape[1:]), dtype=torch.uint8)
         rows = out.numpy()

@@ -5,6 +5,7 @@ run/
     metrics.jsonl         one line per logged step and per measurement
     unreadable.tsv        pictures that were skipped, with the reason
     encoder.safetensors   the teacher's backbone after the last checkpoint
+    best.safetensors      that of the measurement with the highest kNN, and best.json (labelled pictures)
     checkpoints/last.pt   everything needed to continue bit-identically
     cache/                shrunk pictures
 """
@@ -60,6 +61,7 @@ class Checkpoint(NamedTuple):
             )
         if different:
             shown = ", ".join(f"{key} {self.identity.get(key)} → {identity.get(key)}" for key in different[:4])
+            shown += f" and {len(different) - 4} more" if len(different) > 4 else ""
             raise RefusalError(
                 f"{run} holds step {self.step} of another configuration ({shown}): repeat its flags to continue it, or "
                 "choose another --out"

@@ -6,19 +6,17 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from types import FrameType
 
 import torch
 from rich.console import Console
-from torch import distributed as dist
 
-from export.bundle import RefusalError, make_folder, printable, write_unreadable
+from export.bundle import RefusalError, make_folder, printable, read_run, write_unreadable
 from export.runtime import cpu_quota
 from training.cache import PictureCache, build_cache
 from training.checkpoint import NAME as CHECKPOINT
 from training.config import Hardware, Train
-from training.distributed import first_rank_first, rank, world_size
+from training.distributed import first_rank_first, processes, rank, world_size
 from training.loop import Trainer, out_of_memory
 from training.plan import print_plan
 from training.presets import choose_views
@@ -51,13 +49,30 @@ def train(asked: Train) -> int:
             cache = _pictures(asked, hardware, console)
         spread = torch.linspace(0, len(cache) - 1, min(len(cache), 256)).long()
         views = choose_views(cache.gather(spread, torch.device("cpu"))) if len(cache) else ("photographs", "")
+        asked = _as_started(asked, hardware)
         recipe, reasons = resolve(asked, len(cache), hardware, views)
         try:
             trainer = Trainer(recipe, reasons, cache, asked, hardware, console)
             return print_plan(trainer) if asked.plan else trainer.fit()
         except (torch.OutOfMemoryError, MemoryError) as e:
-            what = out_of_memory(recipe, asked.accumulate, str(e))
-            raise RefusalError(what) from e
+            raise RefusalError(out_of_memory(recipe, asked.accumulate, str(e))) from e
+        except RuntimeError as e:
+            if "can't allocate memory" not in str(e):  # torch's words on a CPU
+                raise
+            raise RefusalError(out_of_memory(recipe, asked.accumulate, str(e))) from e
+
+
+def _as_started(asked: Train, hardware: Hardware) -> Train:
+    """A run that continues keeps the batch that was chosen for it, with whatever number of processes it began."""
+    if asked.batch_size is not None or not (asked.resume and (asked.out / CHECKPOINT).is_file()):
+        return asked
+    batch = int(read_run(asked.out).config["batch_size"])
+    if batch % hardware.processes:
+        raise RefusalError(
+            f"the run in {asked.out} has batches of {batch} pictures, which do not divide over {hardware.processes} "
+            "processes: start it with a number that does"
+        )
+    return asked.model_copy(update={"batch_size": batch})
 
 
 def _pictures(asked: Train, hardware: Hardware, console: Console) -> PictureCache:
@@ -108,12 +123,8 @@ def _processes(asked: Train) -> Iterator[None]:
     on_gpu = asked.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The first process decodes and measures while the others wait in a message.
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=2))
-    try:
+    with processes("nccl" if on_gpu else "gloo"):
         yield
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager

@@ -48,6 +48,10 @@ class Train(BaseModel):
     greyscale: light only, mild rotation (medical). auto looks at the pictures; it cannot tell products apart."""
     batch_size: int | None = Field(None, ge=2)
     """Pictures per step."""
+    global_scale: tuple[float, float] | None = None
+    """Smallest and largest share of a picture's area that a global crop shows."""
+    local_scale: tuple[float, float] | None = None
+    """The same of the small crops."""
     local_crops: int | None = Field(None, ge=0)
     """Small crops per picture beside the two global ones."""
     epochs: int | None = Field(None, ge=1)
@@ -58,12 +62,20 @@ class Train(BaseModel):
     """Time to spend, instead of epochs: the steps that fit are measured first."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate."""
+    weight_decay: tuple[float, float] | None = None
+    """AdamW's weight decay at the start and, by a cosine, at the end."""
+    drop_path: float | None = Field(None, ge=0, lt=1)
+    """Stochastic depth of the student: the share of blocks that the last one is skipped in."""
     method: Literal["sop", "massl", "dino"] = "sop"
     """sop, or a baseline in the same loop: massl (SOP without support embeddings, over all blocks), dino."""
     memory: int | None = Field(None, ge=8)
     """N_C, rows of the global memory."""
     patch_memory: int | None = Field(None, ge=8)
     """N_P, rows of the patch memory."""
+    patch_anchors: int | None = Field(None, ge=2)
+    """Prototypes drawn from the patch memory per step."""
+    patch_support: int | None = Field(None, ge=0)
+    """k_local, support embeddings per anchor of the patch memory."""
     anchors: int | None = Field(None, ge=2)
     """P, self-organizing prototypes per step (the paper's K)."""
     support: int | None = Field(None, ge=0)
@@ -74,8 +86,8 @@ class Train(BaseModel):
     halved_anchors: bool = False
     """Repeat the released code's quirk: 2P anchors are drawn, half of them kept."""
     anchors_from: Literal["all", "written"] = "all"
-    """Rows that prototypes are drawn from: the whole memory, random rows at first (paper), or those written so far as soon
-    as they are enough."""
+    """Rows that prototypes are drawn from: the whole memories, random rows at first (paper), or those written so far as
+    soon as they are enough."""
     smoothing: float | None = Field(None, ge=0, lt=1)
     """ε, what the anchor's vote lacks to 1."""
     tasks: int | None = Field(None, ge=1)

@@ -19,6 +19,7 @@ from training.monitor import BASELINES, Health, read_history
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#8a8f98"
+STABILISERS = ("koleo", "variance", "sigreg", "mean_entropy_gap")
 
 
 class Metrics(NamedTuple):
@@ -76,8 +77,12 @@ def panels(metrics: Metrics) -> list[Panel]:
         rows = [(float(s["step"]), float(s[key])) for s in metrics.steps if key in s]
         return Line(name or key.replace("_", " "), [a for a, _ in rows], [v for _, v in rows])
 
-    terms = sorted({k for s in metrics.steps for k in s if k.startswith("loss") or k == "koleo"})
-    rates = [k for k in ("lr", "momentum", "weight_decay", "teacher_temperature") if any(k in s for s in metrics.steps)]
+    terms = sorted({k for s in metrics.steps for k in s if k.startswith("loss") or k in STABILISERS})
+    rates = [
+        k
+        for k in ("lr", "momentum", "weight_decay", "teacher_temperature", "koleo_weight")
+        if any(k in s for s in metrics.steps)
+    ]
     knn = [health("this encoder", lambda h: h.knn)]
     knn += [
         health(name, lambda h, n=name: h.knn - h.lead[n][0] if n in h.lead else math.nan, True)  # type: ignore[misc]

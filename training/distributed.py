@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,18 +81,34 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
 
 
 @contextmanager
-def first_rank_first() -> Iterator[None]:
-    """The first process runs the block alone, then the others: it prepares what they find. Where it fails the others
-    leave quietly (SystemExit): its sentence is the one to read."""
-    if world_size() > 1 and rank() > 0 and agree(0.0)[0] > 0:
-        raise SystemExit(1)
-    failed = 1.0
+def processes(backend: str) -> Iterator[None]:
+    """The process group that torchrun or its like describe. A process that dies fails the others within the hour."""
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
     try:
         yield
-        failed = 0.0
     finally:
-        if world_size() > 1 and rank() == 0:
-            agree(failed)
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The first process runs the block alone, then the others, however long it takes: it prepares what they find. Where
+    it fails the others leave quietly (SystemExit): its sentence is the one to read."""
+    if world_size() == 1:
+        yield
+        return
+    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    failed = torch.ones(1)
+    if rank() > 0:
+        dist.broadcast(failed, 0, patient)
+        if failed.item():
+            raise SystemExit(1)
+    try:
+        yield
+        failed.zero_()
+    finally:
+        if rank() == 0:
+            dist.broadcast(failed, 0, patient)
 
 
 def _device() -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ def _known(model: str) -> None:
         raise RefusalError(
             f"timm has no model {model!r}" + (f"; closest: {', '.join(close)}" if close else "") + ". Or use vit_micro"
         )
+    name, _, tag = model.partition(".")
+    if tag and model not in (tagged := timm.list_models(f"{name}.*", pretrained=True)):
+        known = f"choose one of {', '.join(tagged[:4])}, or " if tagged else ""
+        raise RefusalError(f"timm has no weights {tag!r} of {name}: {known}leave the tag out")
 
 
 class Student(nn.Module):
@@ -93,7 +97,7 @@ class Student(nn.Module):
             parts.append(_at(patches, mask, index))
         rows = self.head(torch.cat(parts))
         count = len(images) + (0 if small is None else len(small))
-        return rows[:count], rows[count:]
+        return rows[:count].clone(), rows[count:].clone()  # no views: what shards the module works on its outputs
 
 
 class Teacher(nn.Module):
@@ -122,10 +126,11 @@ class Teacher(nn.Module):
         return rows[: len(cls)], rows[len(cls) : len(cls) + len(masked)], rows[len(cls) + len(masked) :]
 
     @torch.no_grad()
-    def follow(self, student: Student, momentum: float) -> None:
-        """θ_t ← m·θ_t + (1 − m)·θ_s, over the parameters that both have (not the mask token)."""
-        for mine, theirs in ((self.vit, student.vit), (self.head, student.head)):
-            torch._foreach_lerp_(list(mine.parameters()), list(theirs.parameters()), 1.0 - momentum)
+    def follow(self, student: Student, momentum: float, names: Sequence[str] | None = None) -> None:
+        """θ_t ← m·θ_t + (1 − m)·θ_s, over what both have (not the mask token), or those of it in `names`."""
+        mine, theirs = dict(self.named_parameters()), dict(student.named_parameters())
+        both = [name for name in (theirs if names is None else names) if name in mine]
+        torch._foreach_lerp_([mine[name] for name in both], [theirs[name] for name in both], 1.0 - momentum)
 
 
 def _at(patches: Tensor, mask: Tensor, index: Tensor | None) -> Tensor:

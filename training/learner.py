@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.config import Recipe
+from training.device import send
 from training.dino import DINO
 from training.distributed import average_gradients, rank, world_size
 from training.encoder import Student, Teacher, build_vit, load_initial, reset_linear_layers
@@ -23,7 +24,7 @@ from training.method import Method, Moment, Outputs
 from training.schedules import cosine, linear_warmup, warmup_cosine
 from training.seeds import derive
 from training.sharding import (
-    gathered,
+    gathered_parts,
     load_whole,
     load_whole_optimizer,
     local,
@@ -114,6 +115,8 @@ class Learner:
         )
         self._replica: nn.Module | None = None
         self._frozen = False
+        self.checks_at_once = device.type == "cpu"
+        """Whether each step looks at its own loss and gradients; a GPU would have to be waited for."""
         self._bad = torch.zeros((), device=device)
 
     # --- schedules ----------------------------------------------------------------------------------------------
@@ -166,8 +169,8 @@ class Learner:
         """One optimiser step on this rank's part of a batch; returns the loss terms (on the device, detached).
 
         Where the loss or a gradient is not finite, parameters and optimiser stay as they are. On a CPU `NotFiniteError` is
-        raised at once; a GPU is not waited for, and what stays finite of teacher and memories moves on until the loop
-        looks at the losses.
+        raised at once; a GPU is not waited for: the loss of this step and of all later ones reads nan, none of them
+        updates the student, and what stays finite of teacher and memories moves on until the loop looks at the losses.
         """
         now = self.moment(step)
         self._schedule(now)
@@ -178,15 +181,16 @@ class Learner:
         all_finite = (terms["loss"].detach().isfinite() & gradient_norms.isfinite().all()).to(torch.float32)
         if world_size() > 1:
             torch.distributed.all_reduce(all_finite, torch.distributed.ReduceOp.MIN)
-        if self.device.type == "cpu" and not bool(all_finite):
+        if self.checks_at_once and not bool(all_finite):
             raise NotFiniteError(terms)
         self._bad = torch.maximum(self._bad, 1.0 - all_finite)  # once bad, no further update
         self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # the fused kernel skips where it is 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        with gathered(self.student):
-            self.teacher.follow(self.student, now.momentum)
+        for names in gathered_parts(self.student):
+            self.teacher.follow(self.student, now.momentum, names)
         self.method.update(outputs, now)
+        terms["loss"] = torch.where(self._bad > 0, math.nan, terms["loss"].detach())
         return {name: value.detach() for name, value in terms.items()}
 
     def _parts(self, batch: Batch, step: int) -> list[Crops]:
@@ -208,8 +212,8 @@ class Learner:
             side = r.image_size // r.patch_size
             masks = draw_masks(2 * count, side, side, r.mask_probability, r.mask_ratio, r.mask_kind, generator)
             masks = masks.view(2, count, -1)[:, low : low + b]  # on the CPU, where their positions are counted
-            mask = masks.to(self.device)
-            drawn = torch.randint(side * side, (count,), generator=generator)[low : low + b].to(self.device)
+            mask = send(masks, self.device)
+            drawn = send(torch.randint(side * side, (count,), generator=generator)[low : low + b], self.device)
 
         def see(draws: list[ViewDraw], side: int, start: int, end: int) -> Tensor:
             return torch.cat([self.views.apply(batch.pixels[start:end], d.slice(start, end), side) for d in draws])
@@ -221,7 +225,7 @@ class Learner:
                 see(small, r.local_size, at, min(b, at + size)) if small else None,
                 None if mask is None else mask[:, at : at + size].flatten(0, 1),
                 None if drawn is None else drawn[at : at + size],
-                None if masks is None else masks[:, at : at + size].flatten().nonzero()[:, 0].to(self.device),
+                None if masks is None else send(masks[:, at : at + size].flatten().nonzero()[:, 0], self.device),
             )
             for at in range(0, b, size)
         ]
@@ -267,13 +271,13 @@ class Learner:
 
     # --- state --------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """Everything that a step changes, whole. Every rank must take part."""
+    def state(self, keep: bool = True) -> dict[str, Any]:
+        """Everything that a step changes, whole. Every rank must take part; one that does not `keep` it saves memory."""
         return {
-            "student": whole(self.student.state_dict()),
+            "student": whole(self.student.state_dict(), keep),
             "teacher": self.teacher.state_dict(),
             "method": self.method.state_dict(),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict(), keep),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -282,19 +286,21 @@ class Learner:
         self.method.load_state_dict(state["method"])
         load_whole(self.student, state["student"])
         load_whole_optimizer(self.optimizer, state["optimizer"])
+        self._bad.zero_()
 
 
 def parameter_groups(student: Student, method: Method, recipe: Recipe) -> list[dict[str, Any]]:
     """AdamW's groups: weights decay, biases and other vectors do not (1.8); with initial weights the backbone's learning
     rate is `backbone_lr` of the head's and falls by `layer_decay` for every block further from it (section 8)."""
     depth = len(student.vit.blocks)
-    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool, bool, bool], dict[str, Any]] = {}
     named = [*student.named_parameters(), *((f"method.{name}", p) for name, p in method.named_parameters())]
     for name, parameter in named:
         backbone = name.startswith("vit.")
         scale = recipe.backbone_lr * recipe.layer_decay ** (depth + 1 - _layer(name, depth)) if backbone else 1.0
         decays = parameter.ndim > 1
-        group = groups.setdefault((scale, decays, backbone), {"params": []})
+        # The method's own are never shards, and the fused kernel takes no mixture.
+        group = groups.setdefault((scale, decays, backbone, name.startswith("method.")), {"params": []})
         group["params"].append(parameter)
         group.update(scale=scale, decays=decays, backbone=backbone)
     return list(groups.values())

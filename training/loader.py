@@ -11,6 +11,7 @@ from torch import Tensor
 
 from export.bundle import RefusalError
 from training.cache import PictureCache
+from training.device import send
 from training.seeds import derive
 
 
@@ -93,7 +94,7 @@ class Batches:
         self._waited += time.monotonic() - start
         if self._device.type == "cuda" and not pixels.is_cuda:
             pixels = pixels.to(self._device, non_blocking=True)
-        return Batch(pixels, self._cache.aspects[mine], self._groups[mine.to(self._device, non_blocking=True)], mine)
+        return Batch(pixels, self._cache.aspects[mine], self._groups[send(mine, self._device)], mine)
 
     def close(self) -> None:
         """End the thread."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import platform
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from export.preprocess import PreprocessSpec
 from training.cache import PictureCache
 from training.checkpoint import load_checkpoint, save_checkpoint, save_offending_step
 from training.config import Hardware, Recipe, Train
+from training.device import free_bytes
 from training.distributed import agree, mean_over_ranks, rank, world_size
 from training.encoder import backbone_tensors, tensors_digest
 from training.learner import Learner, NotFiniteError, Speed
@@ -41,6 +41,7 @@ from training.views import Views
 
 INTERRUPTED = 130
 MEASUREMENTS = 10  # of health, over a run
+STOP_WITHIN = 5.0  # seconds until several processes heed a signal; torchrun kills 30 seconds after SIGTERM
 _PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
 
@@ -113,7 +114,8 @@ class Trainer:
             self.console.print(f"continuing at step {start:,} of {self.recipe.steps:,}")
         self._save_initial(loaded is not None)
         self.save(start)  # also after a resume: a kill may have come between the checkpoint and the encoder
-        if observer is not None:
+        # At a resume between two measurements none is made: alarms compare measurements at equal distances.
+        if observer is not None and (start % self._measure_every == 0 or not observer.history):
             observer.measure(start)
         try:
             return self._train(start, observer)
@@ -124,9 +126,9 @@ class Trainer:
     def _train(self, start: int, observer: Observer | None) -> int:
         r = self.recipe
         every = max(1, min(20, r.steps // 50))
-        measure_every = max(1, -(-r.steps // MEASUREMENTS))
+        decide = start + 1  # the next step at which processes agree whether to stop or save: it costs a message
         pending: list[dict[str, Tensor]] = []
-        since, saved = time.monotonic(), time.monotonic()
+        since = saved = began = time.monotonic()
         with self._signals(), bar(self.console, "training", r.steps, start) as advance:
             for step in range(start, r.steps):
                 try:
@@ -136,13 +138,17 @@ class Trainer:
                 done = step + 1
                 advance(1)
                 stop = due = done == r.steps
-                if world_size() == 1 or done % every == 0:  # processes decide together, seldom: it costs a message
-                    overdue = time.monotonic() - saved > 60 * self.asked.checkpoint_minutes
-                    stop, due = (flag > 0 for flag in agree(self.stopped or stop, overdue or due))
+                if world_size() == 1 or done == decide or stop:
+                    now = time.monotonic()
+                    overdue = now - saved > 60 * self.asked.checkpoint_minutes
+                    pace = (now - began) / (done - start)
+                    flags = agree(self.stopped or stop, overdue or due, pace)
+                    stop, due = flags[0] > 0, flags[1] > 0
+                    decide = done + max(1, min(every, int(STOP_WITHIN / flags[2])))
                 if done % every == 0 or stop or due:  # before every checkpoint too: what is saved was seen to be finite
                     self._log(observer, done, pending, time.monotonic() - since)
                     pending, since = [], time.monotonic()
-                if observer is not None and (done % measure_every == 0 or done == r.steps):
+                if observer is not None and (done % self._measure_every == 0 or done == r.steps):
                     before = time.monotonic()
                     observer.measure(done)
                     since += time.monotonic() - before  # steps are timed, not what watches them
@@ -161,6 +167,10 @@ class Trainer:
         self.console.print(f"done: {self.run}   next: likewise export {self.run} --out BUNDLE")
         return 0
 
+    @property
+    def _measure_every(self) -> int:
+        return max(1, -(-self.recipe.steps // MEASUREMENTS))
+
     def _settle_steps(self, stored: int | None) -> None:
         """With --minutes: the steps that fit, measured once and kept by a resume."""
         if self.asked.minutes is None:
@@ -176,14 +186,17 @@ class Trainer:
         before = _on_cpu(self.learner.state())
         recipe = self.recipe
         self.learner.recipe = recipe.model_copy(update={"steps": max(recipe.steps, 1000), "head_steps": 0})
-        self.step(0)  # allocations and caches
-        start = time.monotonic()
-        count = 0
-        while count < 2 or agree(time.monotonic() - start)[0] < least:
-            count += 1
-            self.step(count)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+        try:
+            self.step(0)  # allocations and caches
+            start = time.monotonic()
+            count = 0
+            while count < 2 or agree(time.monotonic() - start)[0] < least:
+                count += 1
+                self.step(count)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+        except NotFiniteError as e:
+            raise RefusalError(f"{e} in the first steps, while their time was measured: lower --lr") from e
         seconds = agree(time.monotonic() - start)[0] / count
         self.learner.recipe = recipe
         self.learner.load(before)
@@ -220,23 +233,33 @@ class Trainer:
         waited, self._waited = self._waited, 0.0
         if observer is not None:
             observer.log.write(
-                step=done, **means, lr=self.learner.moment(done - 1).lr,
+                step=done, **means, **self._scheduled(done - 1),
                 images_per_second=len(pending) * self.recipe.batch_size / seconds, data_wait=min(1.0, waited / seconds),
             )  # fmt: skip
+
+    def _scheduled(self, step: int) -> dict[str, float]:
+        """The scheduled values of a step, for the log."""
+        values = self.learner.moment(step)._asdict()
+        return {name: value for name, value in values.items() if name not in ("step", "steps")}
 
     def _refuse_offending(self, step: int, terms: dict[str, Tensor]) -> NoReturn:
         """No update was made by the step, so that the weights are still those which it began with."""
         indices = self.batches().indices(step).tolist()
         keys = [self.cache.pictures[i].key for i in indices]
-        state = self.learner.state()
+        state = self.learner.state(keep=rank() == 0)
+        kept = f"weights and pictures of that step are in {self.run}/offending-step.pt"
         if rank() == 0:
-            save_offending_step(self.run, self.identity(), step, state, keys, terms)
-        found = [f"{name} is {float(value)}" for name, value in terms.items() if not math.isfinite(value)]
-        what = found[0] if found else "a gradient is not finite"
+            try:
+                save_offending_step(self.run, self.identity(), step, state, keys, terms)
+            except OSError as e:
+                kept = f"weights and pictures of that step could not be kept ({e.strerror})"
+        # On a GPU the loss reads nan where a gradient is not finite, too; its terms are what they were.
+        found = [f"{n} is {float(v)}" for n, v in terms.items() if not math.isfinite(v) and n != "loss"]
+        alone = self.learner.checks_at_once and not math.isfinite(terms["loss"])
+        what = found[0] if found else f"loss is {float(terms['loss'])}" if alone else "a gradient is not finite"
         raise RefusalError(
-            f"{what} at step {step}; the last checkpoint is intact, and weights "
-            f"and pictures of that step are in {self.run}/offending-step.pt: lower --lr, or use --precision float32, with "
-            "another --out"
+            f"{what} at step {step}; the last checkpoint is intact, and {kept}: lower --lr, or use --precision float32, "
+            "with another --out"
         )
 
     # --- what a run leaves --------------------------------------------------------------------------------------
@@ -260,7 +283,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write checkpoint, encoder and run.json, each atomically. Raises `RefusalError` rather than keep broken weights."""
-        state = self.learner.state()
+        state = self.learner.state(keep=rank() == 0)
         if rank() > 0:
             return
         teacher = self.learner.teacher
@@ -340,20 +363,6 @@ def out_of_memory(recipe: Recipe, accumulate: int, message: str) -> str:
         f"--accumulate {2 * accumulate} or --checkpoint-activations (neither changes the objective), fewer --local-crops, "
         "or a smaller --batch-size or --image-size; a run that has begun continues with --resume and the first two"
     )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and limit.read_text().strip().isdigit():  # the container's own limit
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _on_cpu(state: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -43,7 +44,10 @@ class Observer:
         self.snapshots = Snapshots(self.run, self.monitor.pictures, self.monitor.labels, start)
         self.history = read_history(self.run / "metrics.jsonl", start)
         self._alarmed: set[str] = set()
-        self._best = read_best(self.run) if resumed else None
+        self._best = self._stored_best() if resumed else None
+        if self._best is None:
+            for name in ("best.json", "best.safetensors"):
+                (self.run / name).unlink(missing_ok=True)
 
     def measure(self, step: int) -> None:
         """Measure, log, print, and alarm."""
@@ -70,6 +74,15 @@ class Observer:
             self.log.write(step=step, alarm=str(alarm), kind=alarm.kind)
         self._alarmed = {alarm.kind for alarm in found}
 
+    def _stored_best(self) -> Best | None:
+        """What an earlier part of the run kept; None where there is nothing, or a kill left two files that differ."""
+        try:
+            best = read_best(self.run)
+            whole = best is not None and tensors_digest(load_file(self.run / "best.safetensors")) == best.weights_sha256
+        except (RefusalError, OSError, SafetensorError):
+            return None
+        return best if whole else None
+
     def _keep_best(self, step: int, knn: float) -> None:
         """best.safetensors is the encoder of the highest kNN so far, after step 0; json last: it is what vouches."""
         if (
@@ -87,7 +100,9 @@ class Observer:
         """Report of a run that ends or stops, after the verdict where it is done."""
         if done and self.trainer.recipe.init is not None:
             self._judge()
-        if done and self._best is not None and self._best.knn - self.history[-1].knn > NOTABLE_POINTS:
+        # A run from trained weights has its verdict, which goes by more than kNN.
+        of_its_own = done and self.trainer.recipe.init is None
+        if of_its_own and self._best is not None and self._best.knn - self.history[-1].knn > NOTABLE_POINTS:
             self.console.print(
                 f"kNN was {self._best.knn:.1f} % at step {self._best.step:,} and is {self.history[-1].knn:.1f} % now: "
                 f"likewise export {self.run} --weights best exports the encoder of then"

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from training.device import send
 from training.neighbours import nearest_rows
 
 SupportWeight = Literal["cosine", "rescaled", "constant"]
@@ -48,7 +49,7 @@ def draw_prototypes(
     size, sampled = len(bank), anchors * (2 if halved_anchors and support else 1)
     if sampled + support > size:
         raise ValueError(f"{sampled} anchors with {support} support embeddings exceed a memory of {size} rows")
-    order = torch.randperm(size, generator=generator).to(bank.device)
+    order = send(torch.randperm(size, generator=generator), bank.device)
     chosen = order[:anchors]
     A = bank[chosen]
     anchor_weight = bank.new_full((anchors, 1), 1.0 - smoothing)

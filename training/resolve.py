@@ -40,7 +40,8 @@ _ADAPT: dict[str, Any] = {"backbone_lr": 0.1, "layer_decay": 0.7}
 _TAKEN_AS_GIVEN = (
     "support", "smoothing", "tasks", "prototypes", "head_dim", "student_temperature", "momentum", "variance_weight",
     "sigreg_weight", "mean_entropy_weight", "teacher_votes", "mim_weight", "local_crops", "support_weight",
-    "halved_anchors", "anchors_from", "mask_kind", "mask_ratio", "mask_probability",
+    "halved_anchors", "anchors_from", "mask_kind", "mask_ratio", "mask_probability", "patch_anchors", "patch_support",
+    "weight_decay",
 )  # fmt: skip
 SMALL_BELOW = 50_000
 # timm's own class at sizes that two cores train: about 1 M and 0.1 M parameters.
@@ -109,7 +110,7 @@ def resolve(
         why["memory"] = (
             f"at most half of {pictures:,} pictures, at least 64: in a larger memory an anchor's support is its own picture"
         )
-    elif asked.memory > pictures:
+    elif asked.memory > max(64, pictures):
         raise RefusalError(
             f"--memory {asked.memory} exceeds the {pictures:,} readable pictures: choose at most {max(64, pictures // 2)}"
         )
@@ -127,14 +128,16 @@ def resolve(
         why["anchors"] = f"a sixteenth of the memory's {memory:,} rows, at least 16"
     values["anchors"] = anchors
     values["patch_anchors"] = min(values["patch_anchors"], values["patch_memory"] // 2)
+    values["drop_path"] = values["drop_path"] if asked.drop_path is None else asked.drop_path
     for name in _TAKEN_AS_GIVEN:
         if getattr(asked, name) is not None:
             values[name] = getattr(asked, name)
+    _refuse_foreign(asked)
+    if asked.method != "sop":  # the baselines carry none of SOP's support embeddings, stabilisers or patch loss
+        values.update(support=0, smoothing=0.0, koleo_weight=(0.0, 0.0), mim_weight=0.0)
     if asked.koleo_weight is not None or asked.koleo_final_weight is not None:
         start = values["koleo_weight"][0] if asked.koleo_weight is None else asked.koleo_weight
         values["koleo_weight"] = (start, start if asked.koleo_final_weight is None else asked.koleo_final_weight)
-    if asked.method != "sop":
-        _as_published(asked, values)
     _check_masks(values)
     drawn = anchors * (2 if asked.halved_anchors else 1)
     if drawn + max(values["support"], 1) > memory:
@@ -142,12 +145,23 @@ def resolve(
             f"{drawn} anchors with {values['support']} support embeddings need more than the memory's {memory} rows: "
             "lower --anchors or raise --memory"
         )
+    if values["patch_anchors"] + values["patch_support"] > values["patch_memory"]:
+        raise RefusalError(
+            f"{values['patch_anchors']} anchors with {values['patch_support']} support embeddings need more than the patch "
+            f"memory's {values['patch_memory']} rows: lower --patch-anchors or raise --patch-memory"
+        )
     if asked.teacher_temperature is not None:
         values["teacher_temperature"] = (min(0.04, asked.teacher_temperature), asked.teacher_temperature)
 
     wide = preset == "paper" and values["width"] >= 768
     if wide:
         values.update(_PAPER_WIDE)
+    for name in ("global_scale", "local_scale"):
+        low, high = values[name] = getattr(asked, name) or values[name]
+        if not 0 < low <= high <= 1:
+            raise RefusalError(
+                f"--{name.replace('_', '-')} {low} {high} is not an interval within 0 … 1: give the smaller share first"
+            )
     if asked.lr is not None:
         values["lr"] = asked.lr
     elif preset == "small":
@@ -181,17 +195,23 @@ def resolve(
     return Recipe(**values), why
 
 
-def _as_published(asked: Train, values: dict[str, Any]) -> None:
-    """The baselines carry none of SOP's support embeddings, stabilisers or patch loss."""
-    values.update(support=0, smoothing=0.0, koleo_weight=(0.0, 0.0), mim_weight=0.0)
-    foreign = ["support", "smoothing", "mim_weight", "tasks"]
-    if asked.method == "dino":
-        foreign += ["variance_weight", "sigreg_weight", "mean_entropy_weight", "teacher_votes"]
-    for name in foreign:
-        if getattr(asked, name):
+# Flags that mean nothing to a method.
+_OF_SOP = ("support", "support_weight", "smoothing", "halved_anchors", "tasks", "mim_weight", "patch_memory",
+           "patch_anchors", "patch_support", "mask_ratio", "mask_probability")  # fmt: skip
+_FOREIGN = {
+    "sop": ("prototypes",),
+    "massl": ("prototypes", *_OF_SOP),
+    "dino": (
+        *_OF_SOP, "memory", "anchors", "anchors_from", "variance_weight", "sigreg_weight", "mean_entropy_weight",
+        "teacher_votes",
+    ),
+}  # fmt: skip
+
+
+def _refuse_foreign(asked: Train) -> None:
+    for name in _FOREIGN[asked.method]:
+        if getattr(asked, name) != Train.model_fields[name].default and getattr(asked, name) != 0:
             raise RefusalError(f"--{name.replace('_', '-')} is not part of --method {asked.method}: leave it out")
-    if asked.koleo_weight:
-        values["koleo_weight"] = (asked.koleo_weight, asked.koleo_weight)
 
 
 def _check_masks(values: dict[str, Any]) -> None:
@@ -213,8 +233,9 @@ def _start_from(asked: Train, values: dict[str, Any], why: dict[str, str]) -> No
     if asked.init is None:
         return
     values.update(_ADAPT)
-    values["head_steps"] = -(-values["memory"] // values["batch_size"])
-    why["head_steps"] = "the head alone, until the memory has turned over once"
+    turnover = -(-values["memory"] // values["batch_size"])
+    values["head_steps"] = min(turnover, values["steps"] // 3) if values["steps"] else turnover
+    why["head_steps"] = "the head alone, until the memory has turned over once, at most a third of the run"
     for name in ("head_steps", "backbone_lr", "layer_decay"):
         if getattr(asked, name) is not None:
             values[name] = getattr(asked, name)
@@ -226,8 +247,10 @@ def _start_from(asked: Train, values: dict[str, Any], why: dict[str, str]) -> No
 def _normalization(
     asked: Train, model: str, why: dict[str, str]
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    if asked.init is not None and asked.init.is_dir():
-        spec = read_run(asked.init).encoder
+    # Of a run that began with another one's weights, what they were is kept where the other is gone.
+    run = asked.init if asked.init is None or asked.init.exists() else asked.out
+    if run is not None and (run / "run.json").is_file():
+        spec = read_run(run).encoder
         return spec.mean, spec.std
     if asked.normalization == "model":
         from training.encoder import native_normalization

@@ -8,7 +8,6 @@ without shards. What leaves a process, a state, is whole too: a run goes on with
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,24 +26,31 @@ def shard(student: Student) -> None:
     fully_shard(student)
 
 
-@contextmanager
-def gathered(student: Student) -> Iterator[None]:
-    """Within, the parameters of a sharded student are ordinary whole tensors, to read. Every rank must take part."""
-    groups = [module for module in student.modules() if isinstance(module, FSDPModule)]
-    for module in groups:
+def gathered_parts(student: Student) -> Iterator[list[str]]:
+    """Names of the student's parameters, part by part; while a part is out its parameters are ordinary whole tensors, to
+    read. Without shards there is one part. Every rank must take part."""
+    rest = {name for name, _ in student.named_parameters()}
+    for path, module in reversed(list(student.named_modules())):  # blocks before the root, which holds the rest
+        if not isinstance(module, FSDPModule):
+            continue
+        names = [name for name in rest if name.startswith(f"{path}.")] if path else list(rest)
+        rest -= set(names)
         module.unshard()
-    try:
-        yield
-    finally:
-        for module in groups:
+        try:
+            yield names
+        finally:
             module.reshard()
+    if rest:
+        yield list(rest)
 
 
 def require_grad(student: Student, backbone: bool) -> None:
     """Let the backbone learn, or freeze it. FSDP2 keeps a second set of parameters, the gathered ones."""
     student.vit.requires_grad_(backbone)
-    with gathered(student):
-        student.vit.requires_grad_(backbone)
+    for names in gathered_parts(student):
+        for name in names:
+            if name.startswith("vit."):
+                student.get_parameter(name).requires_grad_(backbone)
 
 
 def sync_gradients(student: nn.Module, now: bool) -> None:
@@ -60,22 +66,24 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
 
 def norms(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm [n] of each whole tensor, the same on every rank."""
-    found = torch.stack(torch._foreach_norm(local(tensors)))
-    split = torch.tensor([isinstance(x, DTensor) for x in tensors], device=found.device)
-    if any(isinstance(x, DTensor) for x in tensors):
-        squares = torch.where(split, found.square(), 0.0)
+    found = list(torch._foreach_norm(local(tensors)))
+    shards = [i for i, x in enumerate(tensors) if isinstance(x, DTensor)]
+    if shards:
+        squares = torch.stack([found[i] for i in shards]).square()
         dist.all_reduce(squares)
-        found = torch.where(split, squares.sqrt(), found)
-    return found
+        for i, norm in zip(shards, squares.sqrt().unbind(), strict=True):
+            found[i] = norm
+    return torch.stack(found)
 
 
-def whole(state: Any) -> Any:
-    """A state with every shard gathered, on the CPU. Every rank must take part."""
+def whole(state: Any, keep: bool = True) -> Any:
+    """A state with every shard gathered, on the CPU (empty tensors where not to `keep`). Every rank must take part."""
     if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
+        full = state.full_tensor()
+        return full.cpu() if keep else full.new_empty(0)
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
-    return [whole(value) for value in state] if isinstance(state, list) else state
+        return {key: whole(value, keep) for key, value in state.items()}
+    return [whole(value, keep) for value in state] if isinstance(state, list) else state
 
 
 def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:

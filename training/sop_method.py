@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.config import Recipe
+from training.device import send
 from training.distributed import all_mean
 from training.memory import RingMemory
 from training.method import Method, Moment, Outputs
@@ -54,8 +55,9 @@ class SOP(Method):
             terms["sigreg"] = torch.stack([sigreg(view, generator) for view in views]).mean()
             loss = loss + r.sigreg_weight * terms["sigreg"]
         if outputs.mask is not None:
+            rows = self.drawn_from(self.patch_memory, moment.step, r.patch_anchors, r.patch_support)
             patches = draw_prototypes(
-                self.patch_memory.rows, r.patch_anchors, r.patch_support, generator, r.smoothing,
+                rows, r.patch_anchors, r.patch_support, generator, r.smoothing,
                 support_weight=r.support_weight,
             )  # fmt: skip
             terms["loss_patch"] = patch_loss(
@@ -65,19 +67,21 @@ class SOP(Method):
             loss = loss + r.mim_weight * terms["loss_patch"]
         return {**terms, "loss": loss}
 
-    def drawn_from(self, moment: Moment) -> Tensor:
-        """The rows of the memory [n, d] that prototypes are drawn from."""
+    def drawn_from(self, memory: RingMemory, step: int, anchors: int, support: int) -> Tensor:
+        """The rows of a memory [n, d] that a step's prototypes are drawn from."""
         r = self.recipe
-        written = moment.step * r.batch_size  # known without asking the device
-        enough = r.anchors * (2 if r.halved_anchors else 1) + max(1, r.support)
-        whole = r.anchors_from == "all" or not enough <= written < r.memory
-        return self.memory.rows if whole else self.memory.rows[:written]
+        written = step * r.batch_size  # known without asking the device
+        enough = anchors * (2 if r.halved_anchors else 1) + max(1, support)
+        if r.anchors_from == "all" or not enough <= written < len(memory.rows):
+            return memory.rows
+        return memory.rows[:written]
 
     def draw(self, generator: torch.Generator, moment: Moment) -> list[Prototypes]:
         """The prototype sets of one step: T independent draws, whose losses are averaged (1.6)."""
         r = self.recipe
+        rows = self.drawn_from(self.memory, moment.step, r.anchors, r.support)
         return draw_many(
-            self.drawn_from(moment), r.tasks, r.anchors, r.support, generator, r.smoothing,
+            rows, r.tasks, r.anchors, r.support, generator, r.smoothing,
             halved_anchors=r.halved_anchors, support_weight=r.support_weight,
         )  # fmt: skip
 
@@ -113,7 +117,7 @@ class SOP(Method):
     def diagnostics(self, heads: Tensor, moment: Moment) -> dict[str, float]:
         r = self.recipe
         generator = torch.Generator().manual_seed(derive(r.seed, "health", 0))
-        rows = self.memory.rows.cpu().float()
+        rows = self.drawn_from(self.memory, moment.step, r.anchors, r.support).cpu().float()
         prototypes = draw_prototypes(
             rows, r.anchors, r.support, generator, r.smoothing, support_weight=r.support_weight
         )
@@ -139,7 +143,7 @@ class MaSSL(SOP):
 
     def draw(self, generator: torch.Generator, moment: Moment) -> list[Prototypes]:
         """All blocks of one permutation of the memory."""
-        rows = self.drawn_from(moment)
-        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        rows = self.drawn_from(self.memory, moment.step, self.recipe.anchors, 0)
+        order = send(torch.randperm(len(rows), generator=generator), rows.device)
         blocks = order[: len(rows) // self.recipe.anchors * self.recipe.anchors].view(-1, self.recipe.anchors)
         return [Prototypes(rows[block][:, None], rows.new_ones(len(block), 1)) for block in blocks]

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from training.device import send
 from training.distributed import all_mean, gather_rows
 
 _FAR = -2.0  # below every cosine
@@ -49,7 +50,7 @@ def sigreg(z: Tensor, generator: torch.Generator, slices: int = 256) -> Tensor:
     """SIGReg (Balestriero & LeCun 2025): how far random one-dimensional projections of √d·z, unit rows z [B, d], are
     from a standard normal, by the Epps–Pulley statistic ∫ |φ(t) − e^{−t²/2}|² e^{−t²/2} dt, mean over `slices`."""
     z = gather_rows(z)
-    directions = torch.randn(z.shape[1], slices, generator=generator, dtype=torch.float32).to(z)
+    directions = send(torch.randn(z.shape[1], slices, generator=generator, dtype=torch.float32), z.device).to(z.dtype)
     x = math.sqrt(z.shape[1]) * z @ (directions / directions.norm(dim=0))
     t = torch.linspace(-5.0, 5.0, 17, dtype=z.dtype, device=z.device)
     normal = (-0.5 * t * t).exp()

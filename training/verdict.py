@@ -73,6 +73,8 @@ def judge(
             f"mean average precision with folder names as labels {100 * precisions['adapted']:.1f} %, before "
             f"{100 * precisions['initial']:.1f} % ({_named(interval)}); {said}"
         )
+    if labelled is None:
+        said += "; without labels nothing tells whether the neighbours of other pictures mean more"
     known = "no difference" if labelled is None else _named(labelled[1])
     return Verdict(export=decide(difference.verdict, known), sentence=said, scores=found)
 

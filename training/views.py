@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.device import send
 from training.presets import VIEW_PRESETS, ViewPreset, ViewRecipe
 
 ViewKind = Literal["first", "second", "local"]
@@ -59,9 +60,7 @@ class ViewDraw(NamedTuple):
 
     def to(self, device: torch.device) -> Self:
         """On `device`; through pinned memory where that is a GPU."""
-        if device.type != "cuda":
-            return self
-        return type(self)(*(value.contiguous().pin_memory().to(device, non_blocking=True) for value in self))
+        return type(self)(*(send(value, device) for value in self))
 
 
 class Views:
