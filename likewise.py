@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(words, arguments[len(words) :])
     except KeyboardInterrupt:
-        print("\nlikewise: interrupted; run the same command again to continue", file=sys.stderr)
+        print("\nlikewise: interrupted; run the same command again to continue (train: with --resume)", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,7 +19,8 @@ from training.checkpoint import NAME as CHECKPOINT
 from training.config import Hardware, Train
 from training.distributed import first_rank_first, processes, rank, world_size
 from training.loop import Trainer, out_of_memory
-from training.plan import print_plan
+from training.monitor import SAMPLE as PLAN_PICTURES
+from training.plan import Whole, print_plan
 from training.presets import choose_views
 from training.progress import bar
 from training.resolve import resolve
@@ -46,14 +48,14 @@ def train(asked: Train) -> int:
         hardware = _hardware(asked)
         torch.set_num_threads(hardware.threads)
         with first_rank_first():
-            cache = _pictures(asked, hardware, console)
+            cache, whole = _pictures(asked, hardware, console)
         spread = torch.linspace(0, len(cache) - 1, min(len(cache), 256)).long()
         views = choose_views(cache.gather(spread, torch.device("cpu"))) if len(cache) else ("photographs", "")
-        asked = _as_started(asked, hardware)
-        recipe, reasons = resolve(asked, len(cache), hardware, views)
+        asked = as_started(asked, hardware)
+        recipe, reasons = resolve(asked, whole.pictures, hardware, views)
         try:
             trainer = Trainer(recipe, reasons, cache, asked, hardware, console)
-            return print_plan(trainer) if asked.plan else trainer.fit()
+            return print_plan(trainer, whole) if asked.plan else trainer.fit()
         except (torch.OutOfMemoryError, MemoryError) as e:
             raise RefusalError(out_of_memory(recipe, asked.accumulate, str(e))) from e
         except RuntimeError as e:
@@ -62,9 +64,9 @@ def train(asked: Train) -> int:
             raise RefusalError(out_of_memory(recipe, asked.accumulate, str(e))) from e
 
 
-def _as_started(asked: Train, hardware: Hardware) -> Train:
+def as_started(asked: Train, hardware: Hardware) -> Train:
     """A run that continues keeps the batch that was chosen for it, with whatever number of processes it began."""
-    if asked.batch_size is not None or not (asked.resume and (asked.out / CHECKPOINT).is_file()):
+    if asked.batch_size is not None or not (asked.resume and (asked.out / "run.json").is_file()):
         return asked
     batch = int(read_run(asked.out).config["batch_size"])
     if batch % hardware.processes:
@@ -75,7 +77,8 @@ def _as_started(asked: Train, hardware: Hardware) -> Train:
     return asked.model_copy(update={"batch_size": batch})
 
 
-def _pictures(asked: Train, hardware: Hardware, console: Console) -> PictureCache:
+def _pictures(asked: Train, hardware: Hardware, console: Console) -> tuple[PictureCache, Whole]:
+    """The cache, of a sample where only a plan is asked for, and what the whole of it is."""
     if not (asked.plan and (asked.out / CHECKPOINT).is_file()):  # a plan may be made for the folder of a run
         _check_folder(asked)
     sources = list_sources(asked.pictures, asked.out / "cache")
@@ -87,11 +90,16 @@ def _pictures(asked: Train, hardware: Hardware, console: Console) -> PictureCach
     # The number of readable pictures decides the sizes that do not depend on the cache's; decode first.
     draft, _ = resolve(asked, max(len(found), 1), hardware)
     name = os.fsencode(sources.name).decode("utf-8", "replace")
+    folder, total = asked.out / "cache", len(found)
+    if asked.plan and total > 2 * PLAN_PICTURES and not any(folder.glob(f"{draft.cache_size}px-*")):
+        folder = folder / "plan"
+        found = found[:: total // PLAN_PICTURES]
+    since = time.monotonic()
     with bar(console, "decoding", len(found)) as advance:
         cache = build_cache(
-            asked.out / "cache", found, name, draft.cache_size, hardware.threads, advance,
-            retry=rank() == 0 and not started,
-        )  # fmt: skip
+            folder, found, name, draft.cache_size, hardware.threads, advance, retry=rank() == 0 and not started
+        )
+    seconds = time.monotonic() - since
     for notice in cache.notices:
         console.print(notice)
     unreadable += cache.unreadable
@@ -102,7 +110,9 @@ def _pictures(asked: Train, hardware: Hardware, console: Console) -> PictureCach
             f"{len(unreadable)} of {len(found)} files are skipped, for example {printable(unreadable[0][0])}: "
             f"{unreadable[0][1]} (all in {listed})"
         )
-    return cache
+    if len(found) == total:
+        return cache, Whole(len(cache), 0.0)
+    return cache, Whole(total * len(cache) // len(found), seconds * total / len(found))
 
 
 def _check_folder(asked: Train) -> None:

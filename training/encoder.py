@@ -54,7 +54,7 @@ def native_normalization(model: str) -> tuple[tuple[float, float, float], tuple[
     """Mean and deviation that timm's pretrained weights of a model expect. Raises `RefusalError` where timm names none."""
     _known(model)
     known = timm.get_pretrained_cfg(model)
-    if known is None:
+    if known is None or not known.mean:
         raise RefusalError(f"timm names no normalization for {model}: leave --normalization at imagenet")
     (r, g, b), (dr, dg, db) = known.mean, known.std
     return (r, g, b), (dr, dg, db)

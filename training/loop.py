@@ -32,15 +32,18 @@ from training.config import Hardware, Recipe, Train
 from training.device import free_bytes
 from training.distributed import agree, mean_over_ranks, rank, world_size
 from training.encoder import backbone_tensors, tensors_digest
+from training.evaluate.edits import EDITS
 from training.learner import Learner, NotFiniteError, Speed
 from training.loader import Batches
 from training.monitor import SAMPLE
 from training.observer import Observer
 from training.progress import bar
+from training.verdict import PICTURES, QUERIES
 from training.views import Views
 
 INTERRUPTED = 130
 MEASUREMENTS = 10  # of health, over a run
+TRAINED_BELOW = 20_000  # pictures (spec/sop.md section 8)
 STOP_WITHIN = 5.0  # seconds until several processes heed a signal; torchrun kills 30 seconds after SIGTERM
 _PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
@@ -220,7 +223,9 @@ class Trainer:
             with torch.no_grad():
                 self.learner.teacher.vit.forward_features(self.views.normalise(noise)).sum().item()
             times.append(time.monotonic() - start)
-        return (MEASUREMENTS + 1) * (times[1] * count / size + 1.0 * count / SAMPLE) + 3.0
+        # The verdict embeds its queries, their edits and its sample with both encoders.
+        judged = 2 * (QUERIES * (1 + len(EDITS)) + min(PICTURES, count) + count) if r.init is not None else 0
+        return (MEASUREMENTS + 1) * (times[1] * count / size + 1.0 * count / SAMPLE) + judged * times[1] / size + 3.0
 
     def _log(self, observer: Observer | None, done: int, pending: list[dict[str, Tensor]], seconds: float) -> None:
         names = list(pending[0])
@@ -332,6 +337,10 @@ class Trainer:
             f"{len(self.cache):,} pictures, {self.recipe.method.upper()}, {self.recipe.model} with {parameters:.1f} M "
             f"parameters at {self.recipe.image_size} px, on {self.hardware.name}{processes}"
         )
+        if self.recipe.init is None and len(self.cache) < TRAINED_BELOW:
+            self.console.print(
+                f"  fewer than {TRAINED_BELOW:,} pictures: trained weights are the better start where you have some (--init)"
+            )
         for name, reason in self.reasons.items():
             value = getattr(self.recipe, name, "")
             self.console.print(f"  {name} = {value}  ({reason})" if value != "" else f"  {name}: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from export.bundle import EncoderSpec, RefusalError, read_run
@@ -259,7 +260,17 @@ def _normalization(
         why["mean"] = f"timm's for {model}"
         return mean, std
     fields = EncoderSpec.model_fields
-    return fields["mean"].default, fields["std"].default
+    mean, std = fields["mean"].default, fields["std"].default
+    if asked.init is not None:
+        from training.encoder import native_normalization
+
+        with suppress(RefusalError):  # timm names none: nothing to compare with
+            theirs = native_normalization(model)
+            if theirs != (mean, std):
+                why["mean"] = (
+                    f"ImageNet's; timm's weights of {model} expect {theirs[0]}: --normalization model for those"
+                )
+    return mean, std
 
 
 def _paper_epochs(width: int) -> int:

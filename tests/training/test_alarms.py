@@ -192,6 +192,10 @@ def test_shortcut_without_labels_goes_by_neighbours(blind: Monitor, pixels: Tens
     same = blind.judge(normal(48, 9) + 1 + 0.01 * normal(48, 10), normal(32, 1), {})
     assert kinds(alarms([same, same], 0.5)) == ["shortcut"]
     assert alarms([copied, copied], 0.2) == []
+    # Among few pictures many neighbours are shared by chance.
+    few = replace(health, overlap={"raw pixels": 0.45}, chance=10 / 31)
+    assert alarms([few, few], 0.5) == []
+    assert kinds(alarms([replace(few, chance=0.005)] * 2, 0.5)) == ["shortcut"]
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from training.distributed import gather_rows
 from training.learner import Learner, Speed
 from training.loader import Batch
 from training.resolve import resolve
+from training.sharding import local
 from training.stabilisers import koleo, mean_entropy_gap, sigreg, sinkhorn, variance_hinge
 from training.views import Views
 
@@ -174,14 +175,15 @@ def train_on_rank(rank: int, folder: str, name: str) -> None:
             learner.load(learner.state())
     if sharded:
         weights = [x for x in learner.student.parameters() if isinstance(x, DTensor)]
-        moments = [v["exp_avg"].to_local().numel() for v in learner.optimizer.state.values()]
+        moments = [x.numel() for x in local([v["exp_avg"] for v in learner.optimizer.state.values()])]
+        own = sum(p.numel() for p in learner.method.parameters())  # DINO's prototypes are whole on every rank
         assert len(weights) == len(list(learner.student.parameters()))
-        assert sum(moments) < 0.6 * sum(x.numel() for x in weights)
+        assert sum(moments) - own < 0.6 * sum(x.numel() for x in weights)
     torch.save(learner.state(), Path(folder) / f"{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["sop", "dino", "sop sharded"])
+@pytest.mark.parametrize("name", ["sop", "dino", "sop sharded", "dino sharded"])
 def test_memories_and_weights_are_bit_equal_on_all_ranks(tmp_path: Path, name: str) -> None:  # 11
     mp.spawn(train_on_rank, (str(tmp_path), name), nprocs=2)
     first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -1,4 +1,4 @@
-"""The loop: mechanics, resume, refusals. Quality is measured by benchmarks/pretrain_shapes.py, never here."""
+"""The loop: mechanics, resume, refusals. Quality is measured by benchmarks/pretrain_small.py, never here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,15 +26,17 @@ from likewise import main
 from tests.conftest import TINY
 from tests.shapes import write_shapes
 from training.checkpoint import NAME as CHECKPOINT
+from training.command import as_started
 from training.config import Hardware, Recipe, Train
 from training.encoder import Student, Teacher, build_vit, reset_linear_layers, tensors_digest
 from training.head import Head
-from training.learner import clip_each
+from training.learner import Learner, Speed, clip_each
 from training.masks import block_masks
 from training.observer import NOTABLE_POINTS
 from training.resolve import resolve
 from training.seeds import derive
 from training.verdict import decide
+from training.views import Views
 
 CPU = Hardware("cpu", "2 CPU threads", 2, False)
 
@@ -167,6 +170,9 @@ def test_refusals(run: Path, pictures: Path, tmp_path: Path, refused: Callable[.
     sentence = refused("train", pictures, "--out", o, "--encoder", "vit_smal_patch16_224", "--resume")
     assert "vit_small_patch16_224" in sentence
     assert "not a ViT" in refused("train", pictures, "--out", o, "--encoder", "resnet18", "--resume")
+    tagged = refused("train", pictures, "--out", o, "--encoder", "vit_small_patch16_224.nonsense", "--resume")
+    assert "timm has no weights 'nonsense' of vit_small_patch16_224: choose one of vit_small_patch16_224." in tagged
+    assert "within 0 … 1" in refused("train", pictures, "--out", o, "--local-scale", "[0.4, 0.1]", "--resume", *TINY)
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     bad = ["train", pictures, "--out", o, "--resume", "--init", tmp_path / "bad.safetensors", *TINY]
     assert "cannot be read as weights" in refused(*bad)
@@ -211,6 +217,138 @@ def test_the_offending_step_is_kept(pictures: Path, tmp_path: Path, monkeypatch:
     assert same(kept["state"]["student"], seen[5]) and not same(seen[5], seen[4])
     assert len(kept["pictures"]) == len(set(kept["pictures"])) == 16
     assert checkpoint(out)["step"] == 0  # logged every 20 steps only, and yet what the sixth began with is kept
+
+
+def test_a_bad_gradient_ends_a_run_that_does_not_wait_for_its_device(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    """As on a GPU: nothing is looked at in the step; no later step updates the student, and the next log line says so."""
+    from training.learner import Learner
+
+    seen: dict[int, Any] = {}
+    step = Learner.step
+    backward = Learner._backward
+
+    def watched(self: Learner, batch: Any, number: int) -> Any:
+        self.checks_at_once = False
+        terms = step(self, batch, number)
+        seen[number] = {name: value.clone() for name, value in self.student.state_dict().items()}
+        return terms
+
+    def poisoned(self: Learner, parts: Any, groups: Any, now: Any, generator: Any) -> Any:
+        found = backward(self, parts, groups, now, generator)
+        if now.step == 2:
+            grad = self.student.head.mlp[0].weight.grad
+            assert grad is not None
+            grad[0, 0] = math.inf
+        return found
+
+    monkeypatch.setattr(Learner, "step", watched)
+    monkeypatch.setattr(Learner, "_backward", poisoned)
+    sentence = refused("train", pictures, "--out", tmp_path / "r", "--steps", "2000", *TINY)
+    assert "a gradient is not finite at step 2" in sentence
+    assert not same(seen[0], seen[1]) and same(seen[1], seen[2]) and same(seen[2], seen[max(seen)])
+    assert len(seen) == 20  # until the first log line
+
+
+@pytest.mark.parametrize("flags", [["--plan"], ["--minutes", "0.02"]])
+def test_a_diverging_start_is_refused_while_it_is_measured(
+    flags: list[str], pictures: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    sentence = refused("train", pictures, "--out", tmp_path / "r", *flags, "--lr", "1e30", *TINY)
+    assert "while their time was measured: lower --lr" in sentence
+
+
+def test_out_of_memory_on_a_cpu_names_the_flags(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    from training.learner import Learner
+
+    def greedy(*_: Any) -> Any:
+        return torch.empty(2**48, dtype=torch.uint8)  # torch's own words for what does not fit
+
+    monkeypatch.setattr(Learner, "step", greedy)
+    sentence = refused("train", pictures, "--out", tmp_path / "r", "--steps", "5", *TINY)
+    assert "out of memory" in sentence and "--accumulate 2" in sentence
+
+
+def test_a_resume_between_measurements_makes_none(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alarms compare measurements at equal distances."""
+    from training.learner import Learner
+
+    out, step, stops = tmp_path / "r", Learner.step, {5, 8}
+
+    def interrupted(self: Learner, batch: Any, number: int) -> Any:
+        if number in stops:
+            stops.remove(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, number)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    flags = ["train", str(pictures), "--out", str(out), "--steps", "20", "--resume", *TINY]
+    assert [main(flags), main(flags), main(flags)] == [130, 130, 0]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "health" in line] == list(range(0, 21, 2))
+
+
+def test_a_damaged_note_of_the_best_encoder_heals(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    flags = ["train", str(pictures), "--out", str(out), "--steps", "4", *TINY]
+    assert main(flags) == 0
+    (out / "best.json").write_text("{}")
+    assert main([*flags, "--resume"]) == 0  # measured again where it ended
+    assert read_best(out) is not None
+
+
+def test_a_run_keeps_the_batch_that_was_chosen_for_it(run: Path, pictures: Path) -> None:
+    """The automatic batch depends on the number of processes; a run may continue with another one."""
+    asked = Train(pictures=str(pictures), out=run, resume=True)
+    assert as_started(asked, Hardware("cpu", "CPU", 1, False, 2)).batch_size == read_run(run).config["batch_size"] == 16
+    with pytest.raises(RefusalError, match="do not divide over 3 processes"):
+        as_started(asked, Hardware("cpu", "CPU", 1, False, 3))
+    assert (
+        as_started(asked.model_copy(update={"resume": False}), Hardware("cpu", "CPU", 1, False, 3)).batch_size is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "flag"),
+    [("massl", {"support_weight": "constant"}), ("massl", {"halved_anchors": True}), ("dino", {"memory": 64}),
+     ("dino", {"anchors_from": "written"}), ("sop", {"prototypes": 8}), ("dino", {"teacher_votes": "sinkhorn"})],
+)  # fmt: skip
+def test_flags_of_another_method_are_refused(method: str, flag: dict[str, Any]) -> None:
+    with pytest.raises(RefusalError, match=f"--{next(iter(flag)).replace('_', '-')} is not part of --method {method}"):
+        recipe(2000, Hardware("cpu", "CPU", 1, False), method=method, **flag)
+
+
+def test_small_sets_may_ask_for_the_memory_that_they_get() -> None:
+    cpu = Hardware("cpu", "CPU", 1, False)
+    assert recipe(40, cpu, memory=64)[0].memory == recipe(40, cpu)[0].memory == 64
+
+
+def test_schedules_of_the_paper() -> None:  # 14
+    r, _ = recipe(1_281_167, Hardware("cuda", "H200", 16, True), encoder="vit_nano", patch_size=8, image_size=32)
+    learner = Learner(
+        r.model_copy(update={"steps": 1000}), torch.device("cpu"), Speed(), Views("photographs", r.mean, r.std)
+    )
+    first, last = learner.moment(0), learner.moment(999)
+    assert first.momentum == pytest.approx(0.996) and last.momentum == pytest.approx(1.0)
+    assert (first.weight_decay, last.weight_decay) == pytest.approx((0.04, 0.4))
+    assert first.teacher_temperature == pytest.approx(0.04) and last.teacher_temperature == pytest.approx(0.07)
+    rising = round(1000 * r.lr_warmup)
+    rates = [learner.moment(step).lr for step in range(1000)]
+    assert max(rates) == pytest.approx(r.lr) and rates.index(max(rates)) in (rising - 1, rising)
+    assert rates[0] == pytest.approx(r.lr / rising) and rates[-1] == pytest.approx(r.min_lr)
+    ramp = round(1000 * r.temperature_warmup)
+    assert learner.moment(ramp // 2).teacher_temperature == pytest.approx(0.055, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["sop", "massl", "dino"])
+def test_koleo_fades_in_the_recipe(method: str) -> None:
+    r, _ = recipe(2000, Hardware("cpu", "CPU", 1, False), method=method, koleo_weight=0.2, koleo_final_weight=0.0)
+    assert r.koleo_weight == (0.2, 0.0)
 
 
 @pytest.mark.parametrize("method", ["sop", "dino"])
@@ -273,6 +411,17 @@ def test_a_run_from_trained_weights_goes_on_without_their_file(
     weights.unlink()
     assert main([*flags, "--init", str(weights)]) == 0
     assert steps_done(out) == 4 and read_verdict(out) is not None
+
+
+def test_a_run_from_a_run_that_is_gone_keeps_its_normalization(run: Path, pictures: Path, tmp_path: Path) -> None:
+    first, out = shutil.copytree(run, tmp_path / "first"), tmp_path / "r"
+    fields = json.loads((first / "run.json").read_text())
+    fields["encoder"] |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (first / "run.json").write_text(json.dumps(fields))
+    flags = ["train", str(pictures), "--out", str(out), "--steps", "2", "--resume", "--init", str(first), *TINY]
+    assert main(flags) == 0 and read_run(out).encoder.mean == (0.5, 0.5, 0.5)
+    shutil.rmtree(first)
+    assert main(flags) == 0
 
 
 def test_the_batch_divides_over_the_processes() -> None:

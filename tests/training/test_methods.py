@@ -90,6 +90,37 @@ def test_prototypes_come_from_written_rows_where_asked(kind: type[SOP]) -> None:
     assert max(found(60)) > r.memory // 2  # the memory has turned over
 
 
+def test_local_support_embeddings_are_drawn_where_asked() -> None:  # spec 2.2 #3
+    mask = torch.zeros(2 * B, 16, dtype=torch.bool)
+    mask[0, :4] = mask[5, 7] = True
+    r = recipe(mim_weight=1.0, koleo_weight=0.0, patch_support=1, patch_anchors=32)
+    method, out, same = SOP(r).double(), outputs(mask), generator()
+    draw_prototypes(method.memory.rows, r.anchors, r.support, same, r.smoothing)
+    drawn = draw_prototypes(method.patch_memory.rows, 32, 1, same, r.smoothing)
+    assert drawn.D.shape == (32, 2, D)
+    expected = patch_loss(out.student_masked, out.teacher_masked, mask, drawn, 0.1, 0.04)
+    assert torch.allclose(method.terms(out, NOW, generator())["loss_patch"], expected)
+
+
+def test_a_batch_never_votes_on_itself(monkeypatch: pytest.MonkeyPatch) -> None:  # 9
+    r = recipe(batch_size=8)
+    learner = Learner(r, torch.device("cpu"), Speed(), Views("photographs", r.mean, r.std))
+    before = learner.method.memory.rows.clone()
+    seen: list[Tensor] = []
+    terms = learner.method.terms
+
+    def watched(*given: object) -> dict[str, Tensor]:
+        seen.append(learner.method.memory.rows.clone())
+        return terms(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(learner.method, "terms", watched)
+    pixels = torch.randint(0, 256, (8, 48, 48, 3), dtype=torch.uint8, generator=generator())
+    learner.step(Batch(pixels, torch.ones(8), torch.arange(8), torch.arange(8)), 0)
+    assert torch.equal(seen[0], before)
+    assert not torch.equal(learner.method.memory.rows[:8], before[:8])
+    assert torch.equal(learner.method.memory.rows[8:], before[8:])
+
+
 def test_massl_is_cross_entropy_over_the_rows_of_every_block() -> None:
     r = recipe(method="massl")
     method, out = MaSSL(r).double(), outputs()

@@ -107,6 +107,15 @@ def test_first_step_on_random_memory_is_just_below_ln_p() -> None:  # 6
     assert 0.96 * math.log(256) < entropy < math.log(256)
 
 
+@pytest.mark.slow
+def test_first_loss_at_published_size_is_just_below_ln_p() -> None:  # 6
+    drawn = draw_prototypes(rows(65536, 256), 4096, 8, torch.Generator().manual_seed(0))
+    for temperature, entropy in ((0.1, 8.31), (0.07, 8.30), (0.04, 8.26)):
+        assert vote_statistics(rows(64, 256, 5), drawn, temperature).entropy == pytest.approx(entropy, abs=0.01)
+    loss = image_loss(rows(128, 256, 6), rows(64, 256, 7), 4, drawn, 0.1, 0.04).item()
+    assert math.log(4096) - 0.05 < loss < math.log(4096)
+
+
 def test_anchors_are_distinct_and_never_support() -> None:  # 7
     bank = rows(300, 16)
     drawn = draw_prototypes(bank, 40, 5, torch.Generator().manual_seed(3), 0.1)
@@ -200,7 +209,7 @@ def test_order_of_the_anchors_does_not_matter() -> None:  # 13
 
 
 def test_random_anchors_keep_a_toy_from_collapsing_and_fixed_ones_do_not() -> None:  # 16
-    def run(fixed: bool) -> tuple[float, float]:
+    def run(fixed: bool, support: int = 4) -> tuple[float, float, float]:
         torch.manual_seed(0)
         centres = torch.randn(20, 64)
         net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 32))
@@ -210,13 +219,13 @@ def test_random_anchors_keep_a_toy_from_collapsing_and_fixed_ones_do_not() -> No
         teacher.load_state_dict(net.state_dict())
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
         generator = torch.Generator().manual_seed(1)
-        for _ in range(400):
+        for _ in range(600):
             x = centres[torch.randint(20, (128,), generator=generator)]
             a, b = (x + 0.3 * torch.randn(128, 64, generator=generator) for _ in range(2))
             zs = F.normalize(net(torch.cat([a, b])), dim=1)
             with torch.no_grad():
                 zt = F.normalize(teacher(torch.cat([a, b])), dim=1)
-            drawn = frozen if fixed else draw_prototypes(memory.rows, 64, 4, generator)
+            drawn = frozen if fixed else draw_prototypes(memory.rows, 64, support, generator)
             loss = image_loss(zs, zt, 2, drawn, 0.1, 0.04)
             optimizer.zero_grad()
             loss.backward()
@@ -224,12 +233,13 @@ def test_random_anchors_keep_a_toy_from_collapsing_and_fixed_ones_do_not() -> No
             with torch.no_grad():
                 torch._foreach_lerp_(list(teacher.parameters()), list(net.parameters()), 0.01)
             memory.push(zt[128:])
-        return mean_cosine(zt), effective_rank(zt)
+        return mean_cosine(zt), effective_rank(zt), vote_statistics(zt, drawn, 0.04).entropy_of_mean
 
-    cosine, rank = run(fixed=False)
-    fixed_cosine, fixed_rank = run(fixed=True)
-    assert cosine < 0.1 and rank > 10
-    assert fixed_cosine > cosine and fixed_rank < rank
+    fixed_cosine, fixed_rank, fixed_entropy = run(fixed=True)
+    for support in (0, 4, 8):
+        cosine, rank, entropy = run(fixed=False, support=support)
+        assert abs(cosine) < 0.05 and rank > 15 and entropy > 3.7  # of ln 64 = 4.16
+        assert fixed_cosine > cosine + 0.05 and fixed_rank < rank and fixed_entropy < entropy - 0.5
 
 
 def dense_prototypes(bank: Tensor, P: int, k: int, seed: int, smoothing: float) -> tuple[Tensor, Tensor]:
