@@ -351,7 +351,7 @@ def test_a_plan_or_a_wrong_resume_leaves_a_run_and_its_cache_as_they_are(
     assert main(["train", str(pictures), *flags, "--image-size", "64", "--plan"]) == 0
     assert {name: found for name, found in files(mine).items() if name in before} == before
     assert all(name.startswith("cache/") for name in files(mine).keys() - before.keys())
-    assert "holds step 3 of another configuration" in refused("train", bad.parent, *flags, "--resume")
+    assert "the pictures are not those that" in refused("train", bad.parent, *flags, "--resume")
     assert {name: found for name, found in files(mine).items() if name in before} == before
     assert "bad.png" in (mine / "cache" / "unreadable.tsv").read_text()
     assert main(["train", str(pictures), *flags, "--resume"]) == 0

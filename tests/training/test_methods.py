@@ -306,3 +306,21 @@ def test_presets_by_encoder() -> None:
         assert r.lr == pytest.approx(lr * 1024 / 256) and r.global_scale[0] == low and r.local_crops == 10
         assert r.steps == epochs * (1_281_167 // 1024) and str(epochs) in why["steps"]
         assert (r.anchors, r.support, r.smoothing, r.koleo_weight, r.teacher_votes) == (4096, 8, 0.1, (0, 0), "softmax")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "fields", [{}, {"mim_weight": 1.0, "sigreg_weight": 1.0}, {"method": "massl"}, {"method": "dino"}]
+)
+def test_a_step_on_a_gpu_waits_for_nothing(fields: dict[str, object]) -> None:
+    r, device = recipe(batch_size=32, **fields), torch.device("cuda")
+    learner = Learner(r, device, Speed(bf16=True), Views("photographs", r.mean, r.std))
+    pixels = torch.randint(0, 256, (32, 48, 48, 3), dtype=torch.uint8, generator=generator()).to(device)
+    batch = Batch(pixels, torch.ones(32), torch.arange(32, device=device), torch.arange(32))
+    for step in range(3):
+        learner.step(batch, step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        learner.step(batch, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
