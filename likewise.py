@@ -30,7 +30,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
         "measure an encoder: kNN, retrieval, copies, …",
     ),
     ("report",): ("training.config", "Report", "cpu,train", "write a run's report.html again"),
-    ("export",): ("export.command", "Export", "cpu,export", "turn a run into an ONNX bundle with proven parity"),
+    ("export",): ("export.config", "Export", "cpu,export", "turn an encoder into an ONNX bundle with proven parity"),
     ("index", "build"): (
         "service.build",
         "IndexBuild",

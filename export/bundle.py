@@ -30,8 +30,13 @@ from export.preprocess import PictureFile, PreprocessSpec, find_pictures
 
 Embeddings = npt.NDArray[np.float32]
 
+Pooling = Literal["cls", "mean", "gem", "cls+mean", "model"]
+"""cls: the class token after the final norm. mean: the mean of the patches or of the feature map. gem: their generalised
+mean with p = 3 (Radenović et al. 2018). cls+mean: both, each of length 1, one after the other. model: what the model gives
+by itself (timm's own pooling, or an adopted graph's output)."""
+
 RUN_FORMAT = 1
-BUNDLE_FORMAT = 1
+BUNDLE_FORMAT = 2
 
 
 class RefusalError(Exception):
@@ -70,8 +75,8 @@ class EncoderSpec(Contract):
     """Input height and width, in pixels."""
     embedding_dim: int
     """Length of the embedding."""
-    pooling: Literal["cls"] = "cls"
-    """How tokens become one vector: the class token after the final norm."""
+    pooling: Pooling = "cls"
+    """How the last features become one vector (`Pooling`)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """RGB mean that is subtracted from pixels scaled to 0…1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -166,6 +171,27 @@ class FileRecord(Contract):
     """Its size."""
 
 
+class Variant(Contract):
+    """One graph of a bundle. All of them embed into the same space, within what their gates allow."""
+
+    file: str
+    """Name below the bundle folder."""
+    opset: int
+    """ONNX opset of the graph."""
+    opset_reason: str
+    """Why that one."""
+    minimum_onnxruntime: str
+    """Oldest runtime that has every operator of the graph, on every provider that it is for."""
+    providers: list[str]
+    """Execution providers that it is for, best first: int8 is for CPUs, fp16 for GPUs."""
+    canary_min_cosine: dict[str, float]
+    """Lowest accepted cosine between expected and computed canary embeddings, by provider; `*` for any other."""
+
+    def floor(self, provider: str) -> float:
+        """The canary's lowest accepted cosine on a provider."""
+        return self.canary_min_cosine.get(provider, self.canary_min_cosine["*"])
+
+
 class BundleManifest(Sealed):
     """manifest.json."""
 
@@ -179,18 +205,16 @@ class BundleManifest(Sealed):
     """How pictures must be prepared."""
     weights_sha256: str
     """Digest of the source weights."""
-    opset: int
-    """ONNX opset of the graph."""
-    minimum_onnxruntime: str
-    """Oldest runtime that has every operator of the graph."""
+    variants: dict[str, Variant]
+    """The graphs, by name: fp32 always, and those that passed their gate."""
+    patches: tuple[int, int, int] | None = None
+    """Rows, columns and length of the graph's second output `patches` (unit rows), where it has one."""
     provenance: dict[str, Any]
     """Method, data fingerprint, seed, versions and git revision of the run."""
     files: dict[str, FileRecord]
     """Every file that the bundle needs, by name below its folder."""
     canary: list[CanaryPicture]
     """Pictures that the runtime must reproduce before it serves."""
-    canary_min_cosine: dict[str, float]
-    """Per variant: the lowest accepted cosine between expected and computed canary embeddings."""
 
 
 def make_space_id(encoder: EncoderSpec, weights_sha256: str, preprocess: PreprocessSpec) -> str:
@@ -244,10 +268,15 @@ class Bundle:
         """Length of an embedding."""
         return self.manifest.encoder.embedding_dim
 
-    @property
-    def model_path(self) -> Path:
-        """The fp32 graph."""
-        return self.folder / "model.onnx"
+    def graph(self, variant: str = "fp32") -> Path:
+        """The file of a variant. Raises `RefusalError` where there is none of that name."""
+        found = self.manifest.variants.get(variant)
+        if found is None:
+            raise RefusalError(
+                f"{self.folder} holds no variant {variant!r}, only {', '.join(self.manifest.variants)}: add it with "
+                f"`likewise export … --out {self.folder} --variants {variant}`"
+            )
+        return self.folder / found.file
 
 
 Model = TypeVar("Model", bound=Contract)

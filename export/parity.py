@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from export.bundle import Contract, Embeddings, RefusalError
-from export.onnx_graph import EmbeddingGraph
 from export.preprocess import Pixels
 from export.runtime import Runtime
 
@@ -18,7 +17,7 @@ BATCHES = (1, 3, 32)
 
 
 class Parity(Contract):
-    """parity.json: measured once, on one machine; outside every hash."""
+    """One variant on one provider of one machine, beside the network itself."""
 
     variant: str = "fp32"
     """Which graph."""
@@ -40,10 +39,18 @@ class Parity(Contract):
     """Batch sizes compared."""
 
 
-def measure_parity(graph: EmbeddingGraph, runtime: Runtime, pixels: Pixels) -> Parity:
-    """Compare both on pixels uint8 [N, H, W, 3], N ≥ 2."""
-    with torch.no_grad():
-        source = np.concatenate([graph(torch.from_numpy(part)).numpy() for part in _parts(pixels, 32)])
+class ParityReport(Contract):
+    """parity.json: what was measured, on which machine; outside every hash."""
+
+    format_version: int = 1
+    """Format of the file."""
+    measurements: list[Parity]
+    """One per variant, provider and machine."""
+
+
+def measure_parity(embed: Callable[[Pixels], Embeddings], runtime: Runtime, pixels: Pixels) -> Parity:
+    """Compare the network's own `embed` with the runtime on pixels uint8 [N, H, W, 3], N ≥ 2."""
+    source = np.concatenate([embed(part) for part in _parts(pixels, 32)])
     cosines, differences = [], []
     served: Embeddings = source
     for size in BATCHES:

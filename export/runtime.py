@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,18 +42,22 @@ def cpu_quota() -> int:
 class Runtime:
     """A loaded bundle.
 
-    Attributes: `bundle`, `provider` (what ONNX Runtime chose), `provider_reason` (a sentence), `threads`.
+    Attributes: `bundle`, `variant`, `provider` (what ONNX Runtime chose), `provider_reason` (a sentence), `threads`.
     """
 
-    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, device: Device = "auto", threads: int | None = None, variant: str = "fp32"
+    ) -> None:
         """Load the graph and check the canary. Raises `RefusalError` when this machine cannot run it faithfully."""
-        needed, found = bundle.manifest.minimum_onnxruntime, ort.__version__
+        path = bundle.graph(variant)
+        needed, found = bundle.manifest.variants[variant].minimum_onnxruntime, ort.__version__
         if _version(found) < _version(needed):
             raise RefusalError(
                 f"the bundle {bundle.folder} needs onnxruntime {needed} or later, {found} is installed: "
                 f"pip install -U 'onnxruntime>={needed}'"
             )
         self.bundle = bundle
+        self.variant = variant
         self.threads = threads or cpu_quota()
         providers, self.provider_reason = _choose_providers(device)
         if len(providers) > 1 and hasattr(ort, "preload_dlls"):
@@ -65,9 +69,9 @@ class Runtime:
         # Idle spinning steals the cores that decode the next batch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = ort.InferenceSession(str(bundle.model_path), options, providers=providers)
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as e:  # onnxruntime raises its own pybind types
-            raise RefusalError(f"{bundle.model_path} cannot be loaded by onnxruntime {found} ({e})") from e
+            raise RefusalError(f"{path} cannot be loaded by onnxruntime {found} ({e})") from e
         self.provider: str = self._session.get_providers()[0]
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
             raise RefusalError(
@@ -79,7 +83,7 @@ class Runtime:
         size = bundle.manifest.encoder.image_size
         if graph_input.type != "tensor(uint8)" or list(graph_input.shape[1:]) != [size, size, 3]:
             raise RefusalError(
-                f"{bundle.model_path} takes {graph_input.type} {graph_input.shape}, the manifest says uint8 "
+                f"{path} takes {graph_input.type} {graph_input.shape}, the manifest says uint8 "
                 f"[batch, {size}, {size}, 3]: export it again"
             )
         self.check_canary()
@@ -108,13 +112,25 @@ class Runtime:
         pixels = canary_pixels(self.bundle)
         expected = np.asarray([picture.embedding for picture in manifest.canary], np.float32)
         cosines = np.sum(self.embed(pixels) * expected, axis=1)
-        lowest, floor = float(cosines.min()), manifest.canary_min_cosine["fp32"]
+        lowest, floor = float(cosines.min()), manifest.variants[self.variant].floor(self.provider)
         if not lowest >= floor:  # also catches NaN
             raise RefusalError(
                 f"the bundle {self.bundle.folder} gives a canary picture an embedding with cosine {lowest:.6f} to the "
                 f"expected one on {self.provider}, at least {floor} is needed: do not serve it here; try --device cpu"
             )
         return lowest
+
+
+def open_graph(path: Path) -> Callable[[dict[str, Any], str], Any]:
+    """A plain session of any ONNX file on the CPU: (inputs by name, name of an output) → array. Raises `RefusalError`."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = cpu_quota()
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime raises its own pybind types
+        raise RefusalError(f"{path} cannot be loaded by onnxruntime {ort.__version__} ({e})") from e
+    return lambda inputs, output: session.run([output], inputs)[0]
 
 
 def canary_pixels(bundle: Bundle) -> Pixels:

@@ -64,7 +64,7 @@ class Encoder:
     @property
     def origin(self) -> str:
         """What made its vectors: variant and provider."""
-        return f"fp32/{self.runtime.provider}"
+        return f"{self.runtime.variant}/{self.runtime.provider}"
 
     def embed(self, pixels: Pixels) -> Embeddings:
         """uint8 [N, H, W, 3] → float32 [N, D], unit rows."""

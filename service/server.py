@@ -79,7 +79,7 @@ class Server:
         self.engine = Engine(encoder, batcher, store, metrics)
         self._canary: Pixels = canary_pixels(bundle)[0]
         self._expected = np.asarray(bundle.manifest.canary[0].embedding, np.float32)
-        self._floor = bundle.manifest.canary_min_cosine["fp32"]
+        self._floor = bundle.manifest.variants[encoder.runtime.variant].floor(encoder.runtime.provider)
         self._health = health.aio.HealthServicer()
         self._checks: asyncio.Task[None] | None = None
         self.port = 0

@@ -11,11 +11,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from export.bundle import Bundle, BundleManifest, RefusalError, make_space_id, read_run, tensors_sha256
-from export.onnx_graph import load_encoder
-from export.parity import Parity, measure_parity, neighbor_overlap, require_parity
-from export.preprocess import find_pictures, preprocess
+from export.bundle import Bundle, BundleManifest, Embeddings, RefusalError, make_space_id, read_run, tensors_sha256
+from export.onnx_graph import EmbeddingGraph, load_encoder
+from export.parity import ParityReport, measure_parity, neighbor_overlap, require_parity
+from export.preprocess import Pixels, find_pictures, preprocess
 from export.runtime import Runtime, cpu_quota
 from likewise import main
 
@@ -23,6 +24,15 @@ from likewise import main
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
     return shutil.copytree(bundle, tmp_path / "copy")
+
+
+def network(run: Path) -> EmbeddingGraph:
+    return load_encoder(read_run(run).encoder, load_file(run / "encoder.safetensors"), str(run))
+
+
+def embedder(run: Path) -> Callable[[Pixels], Embeddings]:
+    graph = network(run)
+    return lambda pixels: graph.embed(torch.from_numpy(pixels)).numpy()
 
 
 def edit(folder: Path, **values: object) -> None:
@@ -46,9 +56,7 @@ def test_the_runtime_gives_what_torch_gives(run: Path, bundle: Path, pictures: P
     pixels = np.stack(
         [preprocess(p.path.read_bytes(), opened.manifest.preprocess).pixels for p in find_pictures(pictures)]
     )
-    graph = load_encoder(read_run(run).encoder, run / "encoder.safetensors")
-    with torch.no_grad():
-        expected = graph(torch.from_numpy(pixels)).numpy()
+    expected = network(run).embed(torch.from_numpy(pixels)).numpy()
     runtime = Runtime(opened, "cpu", 1)
     for size in (1, 3, 64):
         got = runtime.embed(pixels[:size])
@@ -56,17 +64,16 @@ def test_the_runtime_gives_what_torch_gives(run: Path, bundle: Path, pictures: P
         assert np.abs(got - expected[:size]).max() < 1e-5
         assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
     assert runtime.embed(pixels[:0]).shape == (0, 64)
-    stored = Parity.model_validate_json((bundle / "parity.json").read_bytes())
+    (stored,) = ParityReport.model_validate_json((bundle / "parity.json").read_bytes()).measurements
     assert stored.minimum_cosine >= 0.99999 and stored.neighbor_overlap_at_10 == 1.0 and stored.pictures == 64
 
 
 def test_parity_refuses_another_network(run: Path, other_bundle: Path, pictures: Path) -> None:
-    graph = load_encoder(read_run(run).encoder, run / "encoder.safetensors")
     opened = Bundle.open(other_bundle)
     pixels = np.stack(
         [preprocess(p.path.read_bytes(), opened.manifest.preprocess).pixels for p in find_pictures(pictures)]
     )
-    parity = measure_parity(graph, Runtime(opened, "cpu", 1), pixels)
+    parity = measure_parity(embedder(run), Runtime(opened, "cpu", 1), pixels)
     assert parity.minimum_cosine < 0.999 and parity.neighbor_overlap_at_10 < 0.9
     with pytest.raises(RefusalError, match="no bundle was written"):
         require_parity(parity)
@@ -106,7 +113,7 @@ def test_missing_files_and_foreign_folders(copy: Path, tmp_path: Path) -> None:
         Bundle.open(tmp_path)
     fields = json.loads((copy / "manifest.json").read_bytes())
     (copy / "manifest.json").write_text(json.dumps({**fields, "format_version": 99}))
-    with pytest.raises(RefusalError, match="format 99, this version of likewise reads format 1"):
+    with pytest.raises(RefusalError, match="format 99, this version of likewise reads format 2"):
         Bundle.open(copy)
     (copy / "manifest.json").write_text(json.dumps({**fields, "surprise": 1}))
     with pytest.raises(RefusalError, match="surprise"):
@@ -123,7 +130,8 @@ def test_the_runtime_refuses_what_it_cannot_run_faithfully(copy: Path) -> None:
     edit(copy, canary=drifted)
     with pytest.raises(RefusalError, match="decodes to other pixels here"):
         Runtime(Bundle.open(copy), "cpu", 1)
-    edit(copy, canary=manifest.canary, minimum_onnxruntime="99.0")
+    newer = {"fp32": manifest.variants["fp32"].model_copy(update={"minimum_onnxruntime": "99.0"})}
+    edit(copy, canary=manifest.canary, variants=newer)
     with pytest.raises(RefusalError, match=r"needs onnxruntime 99\.0 or later"):
         Runtime(Bundle.open(copy), "cpu", 1)
 
@@ -148,6 +156,7 @@ def test_exporting_again_changes_nothing(run: Path, bundle: Path, refused: Calla
 
 def test_refusals(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "is not a run" in refused("export", tmp_path, "--out", tmp_path / "b")
+    assert "give a run folder" in refused("export", tmp_path / "gone", "--out", tmp_path / "b")
     copy = shutil.copytree(run, tmp_path / "run")
     manifest = json.loads((copy / "run.json").read_bytes())
     manifest["data"]["folder"] = str(tmp_path / "gone")

@@ -121,7 +121,9 @@ def _open_bundle(folder: Path, asked: Evaluate, threads: int) -> Encoder:
         )
     runtime = Runtime(Bundle.open(folder), device=asked.device, threads=threads)
     manifest = runtime.bundle.manifest
-    identity = sha256_json(["bundle", manifest.space_id, manifest.files["model.onnx"].sha256, runtime.provider])
+    identity = sha256_json(
+        ["bundle", manifest.space_id, manifest.files[manifest.variants[runtime.variant].file].sha256, runtime.provider]
+    )
     about = {"kind": "bundle", "space_id": manifest.space_id, "model": manifest.encoder.model,
              "image_size": manifest.encoder.image_size, "provider": runtime.provider}  # fmt: skip
     extractor = Extractor(_name(folder), identity, manifest.preprocess, runtime.embed)
