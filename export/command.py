@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from pydantic import ValidationError
 from rich.console import Console
 
 from export.bundle import (
@@ -23,7 +24,10 @@ from export.bundle import (
     write_file,
 )
 from export.config import Export
+from export.onnx_graph import OPSET_REASONS, minimum_onnxruntime
+from export.parity import Parity, ParityReport, measure_parity, require_parity, table
 from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError, find_pictures, preprocess
+from export.runtime import Runtime
 from export.source import Source, open_source
 
 CANARIES = 4
@@ -31,31 +35,37 @@ PARITY_PICTURES = 1000
 MIN_PARITY_PICTURES = 8
 # Two machines' fp32 kernels agree far better than this; a wrong graph, decoder or provider does not.
 CANARY_MIN_COSINE = {"*": 0.9999}
+CANARY_FLOORS = {"fp16": 0.999, "int8": 0.99}  # or lower, where the graph itself is
+# int8 is slower than fp32 on GPUs, fp16 on CPUs.
+PROVIDERS = {"fp16": ["CUDAExecutionProvider", "TensorrtExecutionProvider"], "int8": ["CPUExecutionProvider"]}
 
 
 def export(asked: Export) -> Bundle:
-    """Write a bundle, or nothing. Raises `RefusalError`."""
+    """Write a bundle, or nothing; into the bundle of the same encoder the variants that it lacks. Raises `RefusalError`."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     source = open_source(asked, console)
+    bundle = None
     if asked.out.exists():
         bundle = _same_bundle(asked.out, source.space_id)
         if bundle is None:
             raise RefusalError(f"{asked.out} exists already: choose another --out, or remove it first")
-        console.print(f"{asked.out} holds this encoder's bundle already, and its files match their checksums")
-        return bundle
+        if set(asked.variants) <= bundle.manifest.variants.keys():
+            console.print(f"{asked.out} holds this encoder's bundle already, and its files match their checksums")
+            return bundle
     sample = read_sample(_pictures(asked, source), source.preprocess)
-    opset = source.opset or (20 if asked.opset == "auto" else int(asked.opset))
-    bundle = write_bundle(source, sample, asked.out, opset, console)
+    if bundle is None:
+        opset = source.opset or (20 if asked.opset == "auto" else int(asked.opset))
+        bundle = write_bundle(source, sample, asked.out, opset, console)
+    for name in asked.variants:
+        if name not in bundle.manifest.variants:
+            bundle = add_variant(bundle, name, source, sample, console)
+    console.print(table(read_parity(bundle)))
     console.print(f"done: {asked.out}, space {bundle.space_id}   next: likewise index build --bundle {asked.out}")
     return bundle
 
 
 def write_bundle(source: Source, sample: Sample, out: Path, opset: int, console: Console) -> Bundle:
     """Write a bundle whose graph does what the network does, proven on the sample. Raises `RefusalError`."""
-    from export.onnx_graph import OPSET_REASONS, minimum_onnxruntime
-    from export.parity import ParityReport, measure_parity, require_parity
-    from export.runtime import Runtime
-
     reason = "the file came with it" if source.opset else OPSET_REASONS[opset]
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,17 +90,83 @@ def write_bundle(source: Source, sample: Sample, out: Path, opset: int, console:
             canary=canary,
         ).sealed()
         write_file(temporary / "manifest.json", manifest.model_dump_json(indent=2))
-        parity = measure_parity(source.embed, Runtime(Bundle.open(temporary), device="cpu"), sample.pixels)
+        parity = measure_parity(
+            source.embed, Runtime(Bundle.open(temporary), device="cpu"), sample.pixels, sample.labels
+        )
         write_file(temporary / "parity.json", ParityReport(measurements=[parity]).model_dump_json(indent=2))
         require_parity(parity)
         publish(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    console.print(
-        f"parity on {parity.pictures} pictures, {parity.provider}: minimum cosine {parity.minimum_cosine:.7f}, "
-        f"maximum difference {parity.maximum_difference:.1e}, neighbour overlap@10 {parity.neighbor_overlap_at_10:.3f}"
-    )
+    console.print(_said(parity))
     return Bundle(out, manifest)
+
+
+def add_variant(bundle: Bundle, name: str, source: Source, sample: Sample, console: Console) -> Bundle:
+    """Write a variant that passes its gate beside the others. The space stays what it is; a bundle that is read meanwhile
+    holds the old manifest or the new one. Raises `RefusalError`, and leaves the bundle as it was."""
+    from export import quantise
+
+    file = bundle.folder / f"model.{name}.onnx"
+    recipes: tuple[str, ...] = ("",) if name == "fp16" else quantise.int8_recipes(bundle.graph())
+    refused: RefusalError | None = None
+    for recipe in recipes:
+        console.print(f"making {name}{f' ({recipe})' if recipe else ''}")
+        try:
+            if name == "fp16":
+                quantise.write_fp16(bundle.graph(), file)
+            else:
+                quantise.write_int8(bundle.graph(), file, recipe, sample.pixels)  # type: ignore[arg-type]
+            trial = Bundle(bundle.folder, _with_variant(bundle, name, file, recipe, {"*": -1.0}))
+            runtime = Runtime(trial, device="cpu", variant=name)
+            parity = measure_parity(source.embed, runtime, sample.pixels, sample.labels)
+            require_parity(parity)
+        except RefusalError as e:
+            file.unlink(missing_ok=True)
+            console.print(f"refused: {e}")
+            refused = e
+            continue
+        # What this graph gives here, with room for other kernels; a wrong graph or provider is far below.
+        lowest = runtime.check_canary()
+        floor = min(CANARY_FLOORS[name], 1.0 - 3.0 * (1.0 - lowest))
+        manifest = _with_variant(bundle, name, file, recipe, {"*": floor})
+        report = read_parity(bundle).with_(parity)
+        write_file(bundle.folder / "parity.json", report.model_dump_json(indent=2))
+        write_file(bundle.folder / "manifest.json", manifest.model_dump_json(indent=2))
+        console.print(_said(parity))
+        return Bundle(bundle.folder, manifest)
+    assert refused is not None
+    raise RefusalError(f"{bundle.folder} stays without {name}: {refused}")
+
+
+def _with_variant(bundle: Bundle, name: str, file: Path, recipe: str, floors: dict[str, float]) -> BundleManifest:
+    fp32 = bundle.manifest.variants["fp32"]
+    reason = f"that of the fp32 graph{f'; int8 {recipe}' if recipe else ''}"
+    variant = Variant(
+        file=file.name, opset=fp32.opset, opset_reason=reason, minimum_onnxruntime=fp32.minimum_onnxruntime,
+        providers=PROVIDERS[name], canary_min_cosine=floors,
+    )  # fmt: skip
+    changed = {
+        "variants": {**bundle.manifest.variants, name: variant},
+        "files": {**bundle.manifest.files, **_files(bundle.folder, [file.name])},
+    }
+    return bundle.manifest.model_copy(update=changed).sealed()
+
+
+def read_parity(bundle: Bundle) -> ParityReport:
+    """What parity.json holds; nothing where it is absent or damaged: it may be measured again."""
+    try:
+        return ParityReport.model_validate_json((bundle.folder / "parity.json").read_bytes())
+    except (OSError, ValidationError):
+        return ParityReport(measurements=[])
+
+
+def _said(parity: Parity) -> str:
+    loss = "" if parity.map_loss is None else f", mAP loss {parity.map_loss:.2f} points"
+    return (
+        f"{parity.variant} on {parity.pictures} pictures, {parity.provider}: minimum cosine {parity.minimum_cosine:.7f}, "
+        f"maximum difference {parity.maximum_difference:.1e}, neighbour overlap@10 {parity.neighbor_overlap_at_10:.3f}{loss}"
+    )
 
 
 def _files(folder: Path, names: list[str]) -> dict[str, FileRecord]:
@@ -125,6 +201,8 @@ class Sample(NamedTuple):
     """Prepared, uint8 [N, S, S, 3]."""
     encoded: list[bytes]
     """The first few as they came."""
+    labels: list[str] | None
+    """Names of their folders, where there are several."""
 
 
 def read_sample(folder: Path, spec: PreprocessSpec) -> Sample:
@@ -132,6 +210,7 @@ def read_sample(folder: Path, spec: PreprocessSpec) -> Sample:
     found = find_pictures(folder)
     pixels: list[Pixels] = []
     encoded: list[bytes] = []
+    folders: list[str] = []
     for i in np.random.default_rng(0).permutation(len(found)):
         if len(pixels) == PARITY_PICTURES:
             break
@@ -140,6 +219,7 @@ def read_sample(folder: Path, spec: PreprocessSpec) -> Sample:
             pixels.append(preprocess(data, spec).pixels)
         except UnreadablePictureError:
             continue
+        folders.append(found[i].folder)
         if len(encoded) < CANARIES:
             encoded.append(data)
     if len(pixels) < MIN_PARITY_PICTURES:
@@ -147,7 +227,8 @@ def read_sample(folder: Path, spec: PreprocessSpec) -> Sample:
             f"{folder} holds {len(pixels)} readable pictures, at least {MIN_PARITY_PICTURES} are needed to prove parity: "
             "pass --images FOLDER"
         )
-    return Sample(np.stack(pixels), encoded)
+    labelled = 1 < len(set(folders)) <= len(folders) // 2 and "" not in folders
+    return Sample(np.stack(pixels), encoded, folders if labelled else None)
 
 
 def _write_canary(folder: Path, source: Source, sample: list[bytes]) -> list[CanaryPicture]:

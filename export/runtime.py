@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,19 @@ def cpu_quota() -> int:
         except (OSError, ValueError, IndexError):
             continue
     return cores
+
+
+def cpu_model() -> str:
+    """The processor as the kernel names it, with the instructions that decide speed."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
+    known = flags[1].split() if flags else []
+    kinds = [kind for kind, flag in (("AMX", "amx_tile"), ("AVX-512", "avx512f"), ("AVX2", "avx2")) if flag in known]
+    return f"{name[1] if name else platform.machine()} ({kinds[0] if kinds else 'no AVX2'})"
 
 
 class Runtime:
@@ -87,6 +101,12 @@ class Runtime:
                 f"[batch, {size}, {size}, 3]: export it again"
             )
         self.check_canary()
+
+    @property
+    def machine(self) -> str:
+        """Processor, threads and runtime: what a measurement holds for."""
+        processor = cpu_model() if self.provider == "CPUExecutionProvider" else self.provider
+        return f"{processor}, {self.threads} threads, onnxruntime {ort.__version__}"
 
     def embed(self, images: Pixels) -> Embeddings:
         """uint8 [N, H, W, 3] → float32 [N, D], unit rows. Thread-safe. N = 0 gives an empty array."""

@@ -84,7 +84,7 @@ def test_parity_refuses_another_network(run: Path, other_bundle: Path, pictures:
 def test_an_export_that_fails_its_gate_leaves_nothing(
     run: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.parity.MIN_COSINE", 1.5)  # a gate that nothing passes
+    monkeypatch.setattr("export.parity.MIN_COSINE", {"fp32": 1.5})  # a gate that nothing passes
     assert "no bundle was written" in refused("export", run, "--out", tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
