@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from export.bundle import Contract, Embeddings, RefusalError
+from export.bundle import Bundle, Contract, Embeddings, RefusalError
 from export.preprocess import Pixels
 from export.runtime import BUCKETS, Runtime
 
@@ -80,6 +80,14 @@ class ParityReport(Contract):
         same = (new.variant, new.provider, new.machine)
         kept = [m for m in self.measurements if (m.variant, m.provider, m.machine) != same]
         return ParityReport(measurements=[*kept, new])
+
+
+def read_parity(bundle: Bundle) -> ParityReport:
+    """What parity.json holds; nothing where it is absent or damaged: it may be measured again."""
+    try:
+        return ParityReport.model_validate_json((bundle.folder / "parity.json").read_bytes())
+    except (OSError, ValidationError):
+        return ParityReport(measurements=[])
 
 
 def measure_parity(

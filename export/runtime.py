@@ -3,7 +3,9 @@ run the same session."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
 import os
 import platform
 import re
@@ -20,6 +22,9 @@ from export.preprocess import Pixels, preprocess
 Device = Literal["auto", "cpu", "cuda"]
 # On a GPU, batches are padded to these sizes: a bounded set of shapes keeps the memory arena flat.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+CUDA = "CUDAExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"
+_ON_GPU = (CUDA, "TensorrtExecutionProvider")
 
 
 def cpu_quota() -> int:
@@ -53,6 +58,27 @@ def cpu_model() -> str:
     return f"{name[1] if name else platform.machine()} ({kinds[0] if kinds else 'no AVX2'})"
 
 
+def runtime_name(device: Device, threads: int | None = None) -> str:
+    """Processor or GPU provider, threads and runtime: what a measurement holds for."""
+    first = offered(device)[0]
+    processor = first if first in _ON_GPU else cpu_model()
+    return f"{processor}, {threads or cpu_quota()} threads, onnxruntime {ort.__version__}"
+
+
+def offered(device: Device) -> list[str]:
+    """The execution providers that can be tried on a device here, the usual one first. Raises `RefusalError`."""
+    if device != "cpu":
+        available = ort.get_available_providers()
+        if CUDA in available and (device == "cuda" or Path("/dev/nvidiactl").exists()):
+            return [CUDA]
+        if device == "cuda":
+            raise RefusalError(
+                "--device cuda was asked for, but this onnxruntime has no CUDA provider: pip install 'likewise[gpu]' "
+                "in an environment without likewise[cpu]"
+            )
+    return ["CPUExecutionProvider", *([OPENVINO] if _openvino_devices() else [])]
+
+
 class Runtime:
     """A loaded bundle.
 
@@ -60,9 +86,11 @@ class Runtime:
     """
 
     def __init__(
-        self, bundle: Bundle, device: Device = "auto", threads: int | None = None, variant: str = "fp32"
-    ) -> None:
-        """Load the graph and check the canary. Raises `RefusalError` when this machine cannot run it faithfully."""
+        self, bundle: Bundle, device: Device = "auto", threads: int | None = None, variant: str = "fp32",
+        provider: str | None = None,
+    ) -> None:  # fmt: skip
+        """Load the graph and check the canary. `provider`: one of `offered(device)`, the first where absent. Raises
+        `RefusalError` when this machine cannot run it faithfully."""
         path = bundle.graph(variant)
         needed, found = bundle.manifest.variants[variant].minimum_onnxruntime, ort.__version__
         if _version(found) < _version(needed):
@@ -73,8 +101,9 @@ class Runtime:
         self.bundle = bundle
         self.variant = variant
         self.threads = threads or cpu_quota()
-        providers, self.provider_reason = _choose_providers(device)
-        if len(providers) > 1 and hasattr(ort, "preload_dlls"):
+        asked_for = provider or offered(device)[0]
+        self.provider_reason = _reason(device, asked_for)
+        if asked_for in _ON_GPU and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # without torch beside it, nothing else finds the CUDA libraries that pip installed
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -83,16 +112,22 @@ class Runtime:
         # Idle spinning steals the cores that decode the next batch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=providers)
+            if asked_for == OPENVINO:
+                options.add_provider_for_devices(_openvino_devices(), {})
+                self._session = ort.InferenceSession(str(path), options)
+            else:
+                self._session = ort.InferenceSession(str(path), options, providers=_with_options(asked_for))
         except Exception as e:  # onnxruntime raises its own pybind types
             raise RefusalError(f"{path} cannot be loaded by onnxruntime {found} ({e})") from e
         self.provider: str = self._session.get_providers()[0]
-        if device == "cuda" and self.provider != "CUDAExecutionProvider":
+        if self.provider != asked_for and device != "auto":
             raise RefusalError(
-                f"--device cuda was asked for, but onnxruntime loaded on {self.provider}: check the driver, or pass "
-                "--device cpu"
+                f"--device {device} was asked for and means {asked_for}, but onnxruntime loaded on {self.provider}: check "
+                "the driver, or pass --device cpu"
             )
-        self._pads = self.provider != "CPUExecutionProvider"
+        if self.provider != asked_for:
+            self.provider_reason = f"{asked_for} did not load: check the driver"
+        self._pads = self.provider in _ON_GPU
         graph_input = self._session.get_inputs()[0]
         size = bundle.manifest.encoder.image_size
         if graph_input.type != "tensor(uint8)" or list(graph_input.shape[1:]) != [size, size, 3]:
@@ -105,8 +140,7 @@ class Runtime:
     @property
     def machine(self) -> str:
         """Processor, threads and runtime: what a measurement holds for."""
-        processor = cpu_model() if self.provider == "CPUExecutionProvider" else self.provider
-        return f"{processor}, {self.threads} threads, onnxruntime {ort.__version__}"
+        return runtime_name("cuda" if self.provider in _ON_GPU else "cpu", self.threads)
 
     def embed(self, images: Pixels) -> Embeddings:
         """uint8 [N, H, W, 3] → float32 [N, D], unit rows. Thread-safe. N = 0 gives an empty array."""
@@ -169,24 +203,37 @@ def canary_pixels(bundle: Bundle) -> Pixels:
     return np.stack(rows)
 
 
-def _choose_providers(device: Device) -> tuple[Sequence[str | tuple[str, dict[str, Any]]], str]:
-    available = ort.get_available_providers()
-    cuda = (
-        "CUDAExecutionProvider",
-        {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
-    )
-    if device == "cpu":
-        return ["CPUExecutionProvider"], "asked for"
-    if device == "cuda":
-        if "CUDAExecutionProvider" not in available:
-            raise RefusalError(
-                "--device cuda was asked for, but this onnxruntime has no CUDA provider: pip install 'likewise[gpu]' "
-                "in an environment without likewise[cpu]"
-            )
-        return [cuda, "CPUExecutionProvider"], "asked for"
-    if "CUDAExecutionProvider" in available and Path("/dev/nvidiactl").exists():
-        return [cuda, "CPUExecutionProvider"], "onnxruntime has the CUDA provider and an NVIDIA driver is present"
-    return ["CPUExecutionProvider"], "no NVIDIA driver or no CUDA provider on this machine"
+def _with_options(provider: str) -> Sequence[str | tuple[str, dict[str, Any]]]:
+    if provider == CUDA:
+        own = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
+        return [(CUDA, own), "CPUExecutionProvider"]
+    return [provider]
+
+
+def _reason(device: Device, provider: str) -> str:
+    if device != "auto":
+        return "asked for"
+    if provider == CUDA:
+        return "onnxruntime has the CUDA provider and an NVIDIA driver is present"
+    return "no NVIDIA driver or no CUDA provider on this machine"
+
+
+@functools.cache
+def _openvino_devices() -> list[Any]:
+    """The CPU as the OpenVINO plugin offers it (PyPI onnxruntime-ep-openvino); nothing without the plugin, and nothing on
+    processors that it does not take, which only it knows."""
+    try:
+        plugin: Any = importlib.import_module("onnxruntime_ep_openvino")
+        ort.register_execution_provider_library("likewise-openvino", plugin.get_library_path())
+    except ImportError:
+        return []
+    except Exception as e:  # onnxruntime raises its own pybind types
+        raise RefusalError(
+            f"the OpenVINO plugin does not load into onnxruntime {ort.__version__} ({e}): upgrade onnxruntime-ep-openvino, "
+            "or uninstall it"
+        ) from e
+    kind = ort.OrtHardwareDeviceType.CPU
+    return [d for d in ort.get_ep_devices() if d.ep_name == OPENVINO and d.device.type == kind]
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -74,10 +74,14 @@ def _fill(
         console.print(f"{gone} items have no file in {asked.images} (any more); they stay in the collection")
     work = asked.out / "building"
     work.mkdir(exist_ok=True)
-    encoder = Encoder(bundle, asked.device, asked.threads, asked.limits)
+    encoder = Encoder(bundle, asked.device, asked.threads, asked.limits, asked.variant, console.print)
+    refusal = encoder.mixing_refusal(collection.variants)
+    if refusal is not None:
+        encoder.close()
+        raise RefusalError(refusal)
     console.print(
-        f"{len(found):,} pictures, {len(todo):,} to embed, with {bundle.space_id} on {encoder.runtime.provider} "
-        f"({encoder.runtime.provider_reason})"
+        f"{len(found):,} pictures, {len(todo):,} to embed, with {bundle.space_id}, {encoder.runtime.variant} on "
+        f"{encoder.runtime.provider} ({encoder.runtime.provider_reason})"
     )
     parts = [todo[low : low + SHARD] for low in range(0, len(todo), SHARD)]
     columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

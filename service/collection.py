@@ -171,6 +171,13 @@ class Collection:
         return self._sequence
 
     @property
+    def variants(self) -> set[str]:
+        """Which graphs of the bundle made its vectors; those that clients brought are not counted."""
+        view = self._view
+        origins = {*view.fresh_origins, *(origin for part in view.parts for origin in part.segment.manifest.origins)}
+        return {origin.partition("/")[0] for origin in origins} - {"client"}
+
+    @property
     def fresh_count(self) -> int:
         """Rows that no segment holds yet."""
         return len(self._view.fresh_rows)

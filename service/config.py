@@ -24,6 +24,8 @@ class IndexBuild(BaseModel):
     """The collection folder to write; its name is the collection's name."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to embed."""
+    variant: Literal["auto", "fp32", "fp16", "int8"] = "auto"
+    """Which of the bundle's graphs: one by name, or the fastest here of those that find fp32's neighbours."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; the process's quota where absent."""
     limits: DecodeLimits = DecodeLimits()
@@ -54,6 +56,8 @@ class Serve(BaseModel):
     """Prometheus port; 0 turns it off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to embed."""
+    variant: Literal["auto", "fp32", "fp16", "int8"] = "auto"
+    """Which of the bundle's graphs: one by name, or the fastest here of those that find fp32's neighbours."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; the process's quota where absent."""
     max_batch: int = Field(32, ge=1, le=64)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from export.bundle import Bundle, Embeddings
 from export.preprocess import DecodeLimits, PictureFile, Pixels, UnreadablePictureError, preprocess
-from export.runtime import Device, Runtime, cpu_quota
+from export.runtime import Device, cpu_quota
+from export.tune import mixing_refusal, open_runtime
 
 # Every picture of a build runs in a batch of this size or of its shard's remainder, so that a build that was killed
 # and continued computes the same bits.
@@ -30,12 +32,13 @@ class Encoder:
     """
 
     def __init__(
-        self, bundle: Bundle, device: Device = "auto", threads: int | None = None, limits: DecodeLimits | None = None
-    ) -> None:
-        """Loads the graph and checks its canary. Raises `RefusalError`."""
+        self, bundle: Bundle, device: Device = "auto", threads: int | None = None, limits: DecodeLimits | None = None,
+        variant: str = "auto", say: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """Loads the graph and checks its canary; `say` hears what is measured. Raises `RefusalError`."""
         self.bundle = bundle
         self.limits = limits or DecodeLimits()
-        self.runtime = Runtime(bundle, device, threads)
+        self.runtime = open_runtime(bundle, device, threads, variant, say)
         self.decoders = ThreadPoolExecutor(threads or cpu_quota(), thread_name_prefix="decode")
 
     @property
@@ -65,6 +68,10 @@ class Encoder:
     def origin(self) -> str:
         """What made its vectors: variant and provider."""
         return f"{self.runtime.variant}/{self.runtime.provider}"
+
+    def mixing_refusal(self, stored: set[str]) -> str | None:
+        """Why its vectors may not join a collection with vectors of `stored` variants; None where they may."""
+        return mixing_refusal(self.bundle, self.runtime.variant, stored)
 
     def embed(self, pixels: Pixels) -> Embeddings:
         """uint8 [N, H, W, 3] → float32 [N, D], unit rows."""

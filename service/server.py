@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Callable
 from importlib import metadata
 
 import grpc
@@ -38,16 +39,18 @@ def serve(asked: Serve) -> int:
 
 async def _serve(asked: Serve) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    server = Server(asked)
+    server = Server(asked, console.print)
     await server.start()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     names = ", ".join(f"{c.name} ({len(c):,})" for c in server.engine.store.all()) or "none yet"
+    encoder = server.engine.encoder
+    runtime = encoder.runtime
     console.print(
-        f"serving {server.engine.encoder.space_id} on {asked.host}:{server.port}   provider "
-        f"{server.engine.encoder.runtime.provider} ({server.engine.encoder.runtime.provider_reason})   collections: {names}"
+        f"serving {encoder.space_id} on {asked.host}:{server.port}   {runtime.variant} on {runtime.provider} "
+        f"({runtime.provider_reason})   collections: {names}"
     )
     if asked.metrics_port:
         console.print(f"metrics on http://{asked.host}:{asked.metrics_port}/metrics")
@@ -64,12 +67,12 @@ class Server:
     Attributes: `engine`, `port` (after `start`).
     """
 
-    def __init__(self, asked: Serve) -> None:
-        """Load everything. Raises `RefusalError`."""
+    def __init__(self, asked: Serve, say: Callable[[str], None] = lambda _: None) -> None:
+        """Load everything; `say` hears what is measured. Raises `RefusalError`."""
         self._asked = asked
         bundle = Bundle.open(asked.bundle)
         metrics = Metrics()
-        encoder = Encoder(bundle, asked.device, asked.threads, asked.limits)
+        encoder = Encoder(bundle, asked.device, asked.threads, asked.limits, asked.variant, say)
         store = Store(asked.collections, bundle.space_id, bundle.dim)
         metrics.watch(store)
         metrics.build_info.labels(

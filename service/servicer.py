@@ -25,7 +25,7 @@ from export.preprocess import UnreadablePictureError
 from service.batching import Batcher, Embedded
 from service.collection import FRESH_LIMIT, Collection, Hit, check_key, check_space, unit_rows
 from service.encoder import Encoder
-from service.errors import InternalError, InvalidArgumentError, ServiceError, unreadable
+from service.errors import InternalError, InvalidArgumentError, PreconditionError, ServiceError, unreadable
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
@@ -262,6 +262,9 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
             g if isinstance(g, ServiceError) else g.vector for g in given
         ]
         pictures = [i for i, outcome in enumerate(outcomes) if outcome is None]
+        refusal = engine.encoder.mixing_refusal(collection.variants) if pictures else None
+        if refusal is not None:
+            raise PreconditionError(refusal, reason="VARIANT_MISMATCH")
         if pictures:
             embedded = await engine.embed(
                 [request.items[i].image.content for i in pictures],

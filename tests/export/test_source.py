@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from export.bundle import Bundle, EncoderSpec, RefusalError, tensors_sha256
-from export.command import read_sample, write_bundle
+from export.command import write_bundle
 from export.onnx_graph import attentions, build_encoder, load_encoder
 from export.preprocess import PreprocessSpec
 from export.runtime import Runtime, open_graph
+from export.sample import read_sample
 from export.source import of_network
 from likewise import main
 

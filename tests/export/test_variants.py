@@ -13,11 +13,11 @@ import timm
 import torch
 
 from export.bundle import Bundle, RefusalError
-from export.command import read_parity, read_sample
 from export.onnx_graph import EmbeddingGraph, write_graph
-from export.parity import Parity, ParityReport, Speed, mean_average_precision, require_parity, table
+from export.parity import Parity, ParityReport, Speed, mean_average_precision, read_parity, require_parity, table
 from export.quantise import int8_recipes, write_int8
 from export.runtime import Runtime, open_graph
+from export.sample import read_sample
 from likewise import main
 
 

@@ -137,6 +137,17 @@ def test_writes_are_seen_by_the_next_search(client: Client) -> None:
     assert refusal(lambda: client.get("shapes", "new/ü 1.jpg")).reason == "ITEM_NOT_FOUND"
 
 
+def test_vectors_of_a_variant_that_finds_other_neighbours_are_refused(
+    running: Running, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, vector = encode(noise(40, 30, 9)), client.get("shapes", "star/00003.png").vector
+    monkeypatch.setattr(running.server.engine.encoder.runtime, "variant", "int8")
+    error = refusal(lambda: client.upsert("shapes", [NewItem("a", image=picture)]))
+    assert (error.code, error.reason) == ("FAILED_PRECONDITION", "VARIANT_MISMATCH")
+    assert "the collection holds vectors of fp32, this encoder runs int8" in str(error)
+    assert isinstance(client.upsert("shapes", [NewItem("b", vector=vector)])[0], int)  # a client's own vector
+
+
 def test_one_bad_picture_fails_alone(client: Client) -> None:
     good = encode(noise(40, 30))
     results = client.embed([good, b"", b"text", encode(noise(1, 1), "PNG"), good[:300], good])

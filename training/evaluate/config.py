@@ -54,6 +54,8 @@ class Evaluate(BaseModel):
 
     baselines: bool = True
     """Also measure what needs no learning: pixels, colour histogram, perceptual hash, and the untrained network."""
+    variant: Literal["auto", "fp32", "fp16", "int8"] = "fp32"
+    """Of a bundle: which graph."""
     label_free_queries: int = Field(500, ge=2)
     """Pictures that are edited for the label-free score."""
     seed: int = 0

@@ -112,20 +112,21 @@ def open_source(source: Path, asked: Evaluate, device: torch.device, threads: in
 
 
 def _open_bundle(folder: Path, asked: Evaluate, threads: int) -> Encoder:
-    from export.runtime import Runtime
+    from export.tune import open_runtime
 
     given = [f"--{name.replace('_', '-')}" for name in ("fit", "image_size") if getattr(asked, name) is not None]
     if given:
         raise RefusalError(
             f"{folder} is a bundle, whose preprocessing is fixed: leave out {' and '.join(given)}, or evaluate the run"
         )
-    runtime = Runtime(Bundle.open(folder), device=asked.device, threads=threads)
+    runtime = open_runtime(Bundle.open(folder), asked.device, threads, asked.variant)
     manifest = runtime.bundle.manifest
     identity = sha256_json(
         ["bundle", manifest.space_id, manifest.files[manifest.variants[runtime.variant].file].sha256, runtime.provider]
     )
     about = {"kind": "bundle", "space_id": manifest.space_id, "model": manifest.encoder.model,
-             "image_size": manifest.encoder.image_size, "provider": runtime.provider}  # fmt: skip
+             "image_size": manifest.encoder.image_size, "variant": runtime.variant,
+             "provider": runtime.provider}  # fmt: skip
     extractor = Extractor(_name(folder), identity, manifest.preprocess, runtime.embed)
     return Encoder("bundle", extractor, None, about, None)
 

@@ -1,0 +1,52 @@
+"""Real pictures that a bundle is proven on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from export.bundle import RefusalError
+from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError, find_pictures, preprocess
+
+CANARIES = 4
+PARITY_PICTURES = 1000
+MIN_PARITY_PICTURES = 8
+
+
+class Sample(NamedTuple):
+    """Real pictures."""
+
+    pixels: Pixels
+    """Prepared, uint8 [N, S, S, 3]."""
+    encoded: list[bytes]
+    """The first few as they came."""
+    labels: list[str] | None
+    """Names of their folders, where there are several."""
+
+
+def read_sample(folder: Path, spec: PreprocessSpec) -> Sample:
+    """Up to 1,000 readable pictures, spread over the folder. Raises `RefusalError` where there are too few."""
+    found = find_pictures(folder)
+    pixels: list[Pixels] = []
+    encoded: list[bytes] = []
+    folders: list[str] = []
+    for i in np.random.default_rng(0).permutation(len(found)):
+        if len(pixels) == PARITY_PICTURES:
+            break
+        try:
+            data = found[i].read()
+            pixels.append(preprocess(data, spec).pixels)
+        except UnreadablePictureError:
+            continue
+        folders.append(found[i].folder)
+        if len(encoded) < CANARIES:
+            encoded.append(data)
+    if len(pixels) < MIN_PARITY_PICTURES:
+        raise RefusalError(
+            f"{folder} holds {len(pixels)} readable pictures, at least {MIN_PARITY_PICTURES} are needed to prove parity: "
+            "pass --images FOLDER"
+        )
+    labelled = 1 < len(set(folders)) <= len(folders) // 2 and "" not in folders
+    return Sample(np.stack(pixels), encoded, folders if labelled else None)

@@ -1,0 +1,148 @@
+"""Which graph on which provider is fastest on this machine? Measured for about a second when a bundle is first opened here,
+kept beside the bundle, and said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from export.bundle import Bundle, Contract, RefusalError, write_file
+from export.parity import measure_speed, read_parity
+from export.runtime import Device, Runtime, offered, runtime_name
+
+MIN_OVERLAP = 0.98
+"""Vectors of two variants are one collection's, and a faster variant takes fp32's place, from this stored overlap@10 on."""
+BATCH = 8
+SECONDS = 0.4  # per candidate
+
+
+class Timing(Contract):
+    """One candidate on one machine."""
+
+    variant: str
+    """Which graph."""
+    provider: str
+    """ONNX Runtime's execution provider."""
+    images_per_second: float
+    """In batches of 8; 0 where it was refused."""
+    refused: str = ""
+    """Why it cannot run here."""
+
+
+class Timings(Contract):
+    """machine.json beside a bundle."""
+
+    format_version: int = 1
+    """Format of the file."""
+    seal: str
+    """Of the manifest that was measured: other graphs, other speeds."""
+    machines: dict[str, list[Timing]]
+    """Processor, threads and runtime → candidates."""
+
+
+def open_runtime(
+    bundle: Bundle, device: Device = "auto", threads: int | None = None, variant: str = "auto",
+    say: Callable[[str], None] = lambda _: None,
+) -> Runtime:  # fmt: skip
+    """The fastest faithful runtime of a bundle on this machine; or of one variant, where asked for. Raises `RefusalError`.
+
+    Candidates are fp32, and the variants meant for the device whose stored overlap with the network is at least 0.98, on
+    every provider that ONNX Runtime offers here.
+    """
+    candidates = [(name, provider) for provider in offered(device) for name in _eligible(bundle, provider, variant)]
+    if not candidates:  # asked for against its purpose: it runs, slowly
+        candidates = [(variant, provider) for provider in offered(device)]
+    if len(candidates) == 1:
+        return Runtime(bundle, device, threads, *candidates[0])
+    machine = f"{runtime_name(device, threads)}{'' if variant == 'auto' else f', {variant}'}"
+    kept = read_timings(bundle)
+    timings = kept.machines.get(machine, [])
+    if {(t.variant, t.provider) for t in timings} != set(candidates):
+        say(f"measuring {len(candidates)} configurations once on {machine}")
+        timings = [_time(bundle, device, threads, *candidate) for candidate in candidates]
+        _write(bundle, Timings(seal=bundle.manifest.seal, machines={**kept.machines, machine: timings}))
+        for timing in timings:
+            result = timing.refused or f"{timing.images_per_second:,.1f} images/s"
+            say(f"  {timing.variant:<6}{timing.provider:<26}{result}")
+    best = max(timings, key=lambda t: t.images_per_second)
+    if not best.images_per_second:
+        raise RefusalError(best.refused)
+    runtime = Runtime(bundle, device, threads, best.variant, best.provider)
+    others = ", ".join(
+        f"{t.variant} on {t.provider} {t.images_per_second:,.1f}" for t in timings if t != best and not t.refused
+    )
+    runtime.provider_reason = f"{best.images_per_second:,.1f} images/s here, {others or 'nothing else runs'}"
+    return runtime
+
+
+def overlap(bundle: Bundle, variant: str) -> float | None:
+    """Lowest stored overlap@10 of a variant with the network, over the machines that measured it; None where none did."""
+    found = [m.neighbor_overlap_at_10 for m in read_parity(bundle).measurements if m.variant == variant]
+    return min(found) if found else None
+
+
+def mixing_refusal(bundle: Bundle, variant: str, stored: set[str]) -> str | None:
+    """Why vectors of `variant` may not join a collection with vectors of `stored` variants; None where they may."""
+    for name in sorted(stored - {variant}):
+        for one in (variant, name):
+            found = overlap(bundle, one)
+            if found is None or found < MIN_OVERLAP:
+                known = "was not measured" if found is None else f"is {found:.3f}"
+                return (
+                    f"the collection holds vectors of {name}, this encoder runs {variant}, and the neighbour overlap of "
+                    f"{one} {known}, {MIN_OVERLAP} is needed to mix them: pass --variant {name}, or build another collection"
+                )
+    return None
+
+
+def _eligible(bundle: Bundle, provider: str, variant: str) -> list[str]:
+    found = []
+    for name, about in bundle.manifest.variants.items():
+        meant = "*" in about.providers or provider in about.providers
+        close = name == "fp32" or (overlap(bundle, name) or 0.0) >= MIN_OVERLAP
+        if meant and (name == variant or (variant == "auto" and close)):
+            found.append(name)
+    return found
+
+
+def _time(bundle: Bundle, device: Device, threads: int | None, variant: str, provider: str) -> Timing:
+    try:
+        runtime = Runtime(bundle, device, threads, variant, provider)
+    except RefusalError as e:
+        return Timing(variant=variant, provider=provider, images_per_second=0.0, refused=str(e))
+    size = bundle.manifest.encoder.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (BATCH, size, size, 3), np.uint8)
+    speed = measure_speed(runtime, noise, BATCH, SECONDS)
+    return Timing(variant=variant, provider=provider, images_per_second=speed.images_per_second)
+
+
+def _places(bundle: Bundle) -> list[Path]:
+    """Beside the bundle, or where that cannot be written in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "likewise"
+    return [bundle.folder / "machine.json", cache / f"{bundle.manifest.seal[:32]}.json"]
+
+
+def read_timings(bundle: Bundle) -> Timings:
+    """What was measured of this bundle, on any machine."""
+    for path in _places(bundle):
+        try:
+            found = Timings.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            continue  # absent or damaged: measured again
+        if found.seal == bundle.manifest.seal:
+            return found
+    return Timings(seal=bundle.manifest.seal, machines={})
+
+
+def _write(bundle: Bundle, timings: Timings) -> None:
+    for path in _places(bundle):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, timings.model_dump_json(indent=2))
+        except OSError:
+            continue  # a read-only folder: the next place
+        return

@@ -1,0 +1,141 @@
+"""Which graph runs: measured once per machine, said, and never at the cost of other neighbours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from export.bundle import Bundle, RefusalError
+from export.parity import read_parity
+from export.runtime import Runtime, offered, runtime_name
+from export.tune import Timings, mixing_refusal, open_runtime, overlap
+from likewise import main
+
+
+@pytest.fixture(scope="module")
+def complete(run: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = shutil.copytree(bundle, tmp_path_factory.mktemp("tune") / "bundle")
+    assert main(["export", str(run), "--out", str(out), "--variants", "int8"]) == 0
+    return out
+
+
+@pytest.fixture
+def mine(complete: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(complete, tmp_path / "bundle")
+
+
+def set_overlap(folder: Path, variant: str, value: float) -> None:
+    """As if other pictures had been measured."""
+    report = json.loads((folder / "parity.json").read_text())
+    for measurement in report["measurements"]:
+        if measurement["variant"] == variant:
+            measurement["neighbor_overlap_at_10"] = value
+    (folder / "parity.json").write_text(json.dumps(report))
+
+
+def set_speed(folder: Path, variant: str, value: float) -> None:
+    """As if this machine were another."""
+    stored = json.loads((folder / "machine.json").read_text())
+    for timings in stored["machines"].values():
+        for timing in timings:
+            if timing["variant"] == variant:
+                timing["images_per_second"] = value
+    (folder / "machine.json").write_text(json.dumps(stored))
+
+
+def test_the_fastest_faithful_graph_is_measured_once_and_said(mine: Path) -> None:
+    set_overlap(mine, "int8", 0.99)
+    said: list[str] = []
+    runtime = open_runtime(Bundle.open(mine), "cpu", 1, say=said.append)
+    assert len(said) == 1 + len(runtime.bundle.manifest.variants) and "measuring 2 configurations" in said[0]
+    assert "images/s here" in runtime.provider_reason
+    stored = Timings.model_validate_json((mine / "machine.json").read_bytes())
+    (machine,) = stored.machines
+    assert machine == runtime_name("cpu", 1) and {t.variant for t in stored.machines[machine]} == {"fp32", "int8"}
+    # The stored measurement decides from now on.
+    for winner, loser in (("int8", "fp32"), ("fp32", "int8")):
+        set_speed(mine, winner, 1e6)
+        set_speed(mine, loser, 1.0)
+        said.clear()
+        assert open_runtime(Bundle.open(mine), "cpu", 1, say=said.append).variant == winner
+        assert said == []
+    assert Bundle.open(mine).space_id == runtime.bundle.space_id  # outside every hash
+
+
+def test_a_graph_that_finds_other_neighbours_runs_only_where_asked_for(mine: Path) -> None:
+    set_overlap(mine, "int8", 0.97)
+    bundle = Bundle.open(mine)
+    assert overlap(bundle, "int8") == 0.97
+    assert open_runtime(bundle, "cpu", 1).variant == "fp32"
+    assert not (mine / "machine.json").exists()  # nothing to choose from
+    assert open_runtime(bundle, "cpu", 1, "int8").variant == "int8"
+    with pytest.raises(RefusalError, match="holds no variant 'fp16'"):
+        open_runtime(bundle, "cpu", 1, "fp16")
+
+
+def test_a_measurement_of_another_bundle_or_a_damaged_one_is_made_again(mine: Path) -> None:
+    set_overlap(mine, "int8", 0.99)
+    open_runtime(Bundle.open(mine), "cpu", 1)
+    stored = json.loads((mine / "machine.json").read_text())
+    for text in (json.dumps({**stored, "seal": "other"}), "{", json.dumps({**stored, "machines": {"another": []}})):
+        (mine / "machine.json").write_text(text)
+        said: list[str] = []
+        open_runtime(Bundle.open(mine), "cpu", 1, say=said.append)
+        assert "measuring 2 configurations" in said[0]
+
+
+def test_a_bundle_in_a_read_only_folder_is_measured_into_the_cache(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_overlap(mine, "int8", 0.99)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (mine / "machine.json").mkdir()  # what cannot be replaced by a file, for root too
+    open_runtime(Bundle.open(mine), "cpu", 1)
+    assert len(list((tmp_path / "cache" / "likewise").iterdir())) == 1
+
+
+def test_a_graph_that_fails_its_canary_here_is_not_chosen(mine: Path) -> None:
+    set_overlap(mine, "int8", 0.99)
+    bundle = Bundle.open(mine)
+    strict = bundle.manifest.variants["int8"].model_copy(update={"canary_min_cosine": {"*": 1.1}})
+    variants = {**bundle.manifest.variants, "int8": strict}
+    manifest = bundle.manifest.model_copy(update={"variants": variants}).sealed()
+    (mine / "manifest.json").write_text(manifest.model_dump_json())
+    said: list[str] = []
+    assert open_runtime(Bundle.open(mine), "cpu", 1, say=said.append).variant == "fp32"
+    assert any("do not serve it here" in line for line in said)
+    with pytest.raises(RefusalError, match="do not serve it here"):
+        Runtime(Bundle.open(mine), "cpu", 1, "int8")
+
+
+def test_variants_mix_from_a_stored_overlap_on(mine: Path) -> None:
+    bundle = Bundle.open(mine)
+    set_overlap(mine, "int8", 0.98)
+    assert mixing_refusal(bundle, "int8", {"fp32"}) is None and mixing_refusal(bundle, "fp32", {"int8"}) is None
+    assert mixing_refusal(bundle, "fp32", {"fp32"}) is None and mixing_refusal(bundle, "int8", set()) is None
+    set_overlap(mine, "int8", 0.9799)
+    assert "neighbour overlap of int8 is 0.980" in str(mixing_refusal(bundle, "fp32", {"int8"}))
+    (mine / "parity.json").unlink()
+    assert "was not measured" in str(mixing_refusal(bundle, "int8", {"fp32"}))
+    assert read_parity(bundle).measurements == []
+
+
+def test_a_collection_takes_one_kind_of_vectors(
+    mine: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    set_overlap(mine, "int8", 0.97)
+    flags = ["--bundle", str(mine), "--images", str(pictures), "--out", str(tmp_path / "c"), "--device", "cpu"]
+    assert main(["index", "build", *flags, "--variant", "fp32"]) == 0
+    sentence = refused("index", "build", *flags, "--variant", "int8")
+    assert "the collection holds vectors of fp32, this encoder runs int8" in sentence and "--variant fp32" in sentence
+    set_overlap(mine, "int8", 0.99)
+    assert main(["index", "build", *flags, "--variant", "int8"]) == 0
+
+
+def test_this_machine_offers_a_cpu() -> None:
+    assert offered("cpu")[0] == "CPUExecutionProvider"
+    assert "onnxruntime" in runtime_name("cpu")
