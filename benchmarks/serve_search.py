@@ -27,6 +27,7 @@ from benchmarks.record import cpu_name, finish
 from export.bundle import Bundle
 from likewise import main as likewise
 from service.collection import Collection
+from service.config import Embedding
 from service.encoder import Encoder
 from service.index import build_index, search_index
 from service.pb import likewise_pb2 as pb
@@ -168,7 +169,7 @@ async def measure(
     address: str, bundle: Bundle, vectors: np.ndarray, device: str, images: int, queries: int, rounds: int
 ) -> dict[str, float]:
     pictures = photographs(16)
-    encoder = Encoder(bundle, device)  # type: ignore[arg-type]
+    encoder = Encoder(bundle, Embedding.model_validate({"bundle": bundle.folder, "device": device}))
     index, info = build_index(vectors)
     asked = [v.tolist() for v in vectors[:: max(1, len(vectors) // 500)]]
     async with grpc.aio.insecure_channel(address) as channel:

@@ -9,6 +9,7 @@ import importlib
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -87,10 +88,10 @@ class Runtime:
 
     def __init__(
         self, bundle: Bundle, device: Device = "auto", threads: int | None = None, variant: str = "fp32",
-        provider: str | None = None,
+        provider: str | None = None, require_provider: bool = False,
     ) -> None:  # fmt: skip
-        """Load the graph and check the canary. `provider`: one of `offered(device)`, the first where absent. Raises
-        `RefusalError` when this machine cannot run it faithfully."""
+        """Load the graph and check the canary. `provider`: one of `offered(device)`, the first where absent. With
+        `require_provider` all of it must run there. Raises `RefusalError` when this machine cannot run it faithfully."""
         path = bundle.graph(variant)
         needed, found = bundle.manifest.variants[variant].minimum_onnxruntime, ort.__version__
         if _version(found) < _version(needed):
@@ -111,6 +112,8 @@ class Runtime:
         options.log_severity_level = 3
         # Idle spinning steals the cores that decode the next batch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if asked_for != "CPUExecutionProvider":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
             if asked_for == OPENVINO:
                 options.add_provider_for_devices(_openvino_devices(), {})
@@ -127,6 +130,22 @@ class Runtime:
             )
         if self.provider != asked_for:
             self.provider_reason = f"{asked_for} did not load: check the driver"
+        elif asked_for != "CPUExecutionProvider":
+            placed = [(part.ep_name, node.op_type) for part in self._session.get_provider_graph_assignment_info()
+                      for node in part.get_nodes()]  # fmt: skip
+            elsewhere = misplaced(placed, asked_for)
+            if elsewhere:
+                self.provider_reason += f"; {elsewhere}"
+            if elsewhere and require_provider:
+                raise RefusalError(
+                    f"{path} does not run on {asked_for} alone: {elsewhere}; leave --require-provider out, or export it "
+                    "with --opset 20"
+                )
+        if self.provider != asked_for and require_provider:
+            raise RefusalError(
+                f"{path} was loaded on {self.provider}, {asked_for} did not load: check the driver, or leave "
+                "--require-provider out"
+            )
         self._pads = self.provider in _ON_GPU
         graph_input = self._session.get_inputs()[0]
         size = bundle.manifest.encoder.image_size
@@ -173,6 +192,23 @@ class Runtime:
                 f"expected one on {self.provider}, at least {floor} is needed: do not serve it here; try --device cpu"
             )
         return lowest
+
+
+# What ONNX Runtime computes on the CPU on purpose beside a GPU: the arithmetic of shapes.
+_OF_SHAPES = frozenset(
+    {"Shape", "Size", "Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Cast", "Range", "Constant", "ConstantOfShape",
+     "Equal", "Where", "Mul", "Add", "Sub", "Div", "Expand", "Reshape", "Identity", "ReduceProd"}
+)  # fmt: skip
+
+
+def misplaced(placed: Sequence[tuple[str, str]], provider: str) -> str:
+    """Which operators (provider, kind) run elsewhere than on `provider`, as a phrase; empty where none does. The arithmetic
+    of shapes does not count."""
+    elsewhere = Counter(kind for where, kind in placed if where != provider and kind not in _OF_SHAPES)
+    if not elsewhere:
+        return ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in elsewhere.most_common(5))
+    return f"{sum(elsewhere.values())} of {len(placed)} operators run elsewhere ({kinds})"
 
 
 def open_graph(path: Path) -> Callable[[dict[str, Any], str], Any]:

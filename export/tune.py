@@ -46,7 +46,7 @@ class Timings(Contract):
 
 def open_runtime(
     bundle: Bundle, device: Device = "auto", threads: int | None = None, variant: str = "auto",
-    say: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None, require_provider: bool = False,
 ) -> Runtime:  # fmt: skip
     """The fastest faithful runtime of a bundle on this machine; or of one variant, where asked for. Raises `RefusalError`.
 
@@ -57,7 +57,7 @@ def open_runtime(
     if not candidates:  # asked for against its purpose: it runs, slowly
         candidates = [(variant, provider) for provider in offered(device)]
     if len(candidates) == 1:
-        return Runtime(bundle, device, threads, *candidates[0])
+        return Runtime(bundle, device, threads, *candidates[0], require_provider)
     machine = f"{runtime_name(device, threads)}{'' if variant == 'auto' else f', {variant}'}"
     kept = read_timings(bundle)
     timings = kept.machines.get(machine, [])
@@ -71,11 +71,13 @@ def open_runtime(
     best = max(timings, key=lambda t: t.images_per_second)
     if not best.images_per_second:
         raise RefusalError(best.refused)
-    runtime = Runtime(bundle, device, threads, best.variant, best.provider)
+    runtime = Runtime(bundle, device, threads, best.variant, best.provider, require_provider)
     others = ", ".join(
         f"{t.variant} on {t.provider} {t.images_per_second:,.1f}" for t in timings if t != best and not t.refused
     )
-    runtime.provider_reason = f"{best.images_per_second:,.1f} images/s here, {others or 'nothing else runs'}"
+    runtime.provider_reason = (
+        f"{runtime.provider_reason}; {best.images_per_second:,.1f} images/s here, {others or 'nothing else runs'}"
+    )
     return runtime
 
 

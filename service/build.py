@@ -74,7 +74,7 @@ def _fill(
         console.print(f"{gone} items have no file in {asked.images} (any more); they stay in the collection")
     work = asked.out / "building"
     work.mkdir(exist_ok=True)
-    encoder = Encoder(bundle, asked.device, asked.threads, asked.limits, asked.variant, console.print)
+    encoder = Encoder(bundle, asked, console.print)
     refusal = encoder.mixing_refusal(collection.variants)
     if refusal is not None:
         encoder.close()

@@ -11,25 +11,32 @@ from pydantic import BaseModel, ConfigDict, Field
 from export.preprocess import DecodeLimits
 
 
-class IndexBuild(BaseModel):
-    """Embed a folder of pictures and build a collection. Run again, it continues, or adds what is new or changed."""
+class Embedding(BaseModel):
+    """How pictures are embedded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     bundle: Path
-    """The bundle that embeds the pictures."""
-    images: Path
-    """Folder of pictures; subfolders are searched."""
-    out: Path
-    """The collection folder to write; its name is the collection's name."""
+    """The bundle that embeds pictures."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to embed."""
     variant: Literal["auto", "fp32", "fp16", "int8"] = "auto"
     """Which of the bundle's graphs: one by name, or the fastest here of those that find fp32's neighbours."""
+    require_provider: bool = False
+    """Refuse to start where the graph, or one of its operators, would run elsewhere than on the device's provider."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; the process's quota where absent."""
     limits: DecodeLimits = DecodeLimits()
     """What pictures are accepted."""
+
+
+class IndexBuild(Embedding):
+    """Embed a folder of pictures and build a collection. Run again, it continues, or adds what is new or changed."""
+
+    images: Path
+    """Folder of pictures; subfolders are searched."""
+    out: Path
+    """The collection folder to write; its name is the collection's name."""
 
     def cli_cmd(self) -> int:
         """Run the command."""
@@ -39,13 +46,9 @@ class IndexBuild(BaseModel):
         return 0
 
 
-class Serve(BaseModel):
+class Serve(Embedding):
     """Serve a bundle and its collections over gRPC, with Prometheus metrics on a port of their own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    bundle: Path
-    """The bundle that embeds pictures."""
     collections: Path = Path("collections")
     """A folder of collections (made where absent), or a single collection."""
     host: str = "127.0.0.1"
@@ -54,12 +57,6 @@ class Serve(BaseModel):
     """gRPC port; 0 takes a free one and prints it."""
     metrics_port: int = Field(9464, ge=0, le=65535)
     """Prometheus port; 0 turns it off."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to embed."""
-    variant: Literal["auto", "fp32", "fp16", "int8"] = "auto"
-    """Which of the bundle's graphs: one by name, or the fastest here of those that find fp32's neighbours."""
-    threads: int | None = Field(None, ge=1)
-    """CPU threads; the process's quota where absent."""
     max_batch: int = Field(32, ge=1, le=64)
     """Pictures per run of the encoder."""
     max_wait_ms: float = Field(2.0, ge=0)

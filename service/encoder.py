@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from export.bundle import Bundle, Embeddings
-from export.preprocess import DecodeLimits, PictureFile, Pixels, UnreadablePictureError, preprocess
-from export.runtime import Device, cpu_quota
+from export.preprocess import PictureFile, Pixels, UnreadablePictureError, preprocess
+from export.runtime import cpu_quota
 from export.tune import mixing_refusal, open_runtime
+from service.config import Embedding
 
 # Every picture of a build runs in a batch of this size or of its shard's remainder, so that a build that was killed
 # and continued computes the same bits.
@@ -31,15 +32,12 @@ class Encoder:
     Attributes: `bundle`, `runtime`, `limits`, `decoders` (the thread pool that decoding runs in).
     """
 
-    def __init__(
-        self, bundle: Bundle, device: Device = "auto", threads: int | None = None, limits: DecodeLimits | None = None,
-        variant: str = "auto", say: Callable[[str], None] = lambda _: None,
-    ) -> None:  # fmt: skip
+    def __init__(self, bundle: Bundle, asked: Embedding, say: Callable[[str], None] = lambda _: None) -> None:
         """Loads the graph and checks its canary; `say` hears what is measured. Raises `RefusalError`."""
         self.bundle = bundle
-        self.limits = limits or DecodeLimits()
-        self.runtime = open_runtime(bundle, device, threads, variant, say)
-        self.decoders = ThreadPoolExecutor(threads or cpu_quota(), thread_name_prefix="decode")
+        self.limits = asked.limits
+        self.runtime = open_runtime(bundle, asked.device, asked.threads, asked.variant, say, asked.require_provider)
+        self.decoders = ThreadPoolExecutor(asked.threads or cpu_quota(), thread_name_prefix="decode")
 
     @property
     def space_id(self) -> str:

@@ -72,7 +72,7 @@ class Server:
         self._asked = asked
         bundle = Bundle.open(asked.bundle)
         metrics = Metrics()
-        encoder = Encoder(bundle, asked.device, asked.threads, asked.limits, asked.variant, say)
+        encoder = Encoder(bundle, asked, say)
         store = Store(asked.collections, bundle.space_id, bundle.dim)
         metrics.watch(store)
         metrics.build_info.labels(

@@ -11,7 +11,7 @@ import pytest
 
 from export.bundle import Bundle, RefusalError
 from export.parity import read_parity
-from export.runtime import Runtime, offered, runtime_name
+from export.runtime import Runtime, misplaced, offered, runtime_name
 from export.tune import Timings, mixing_refusal, open_runtime, overlap
 from likewise import main
 
@@ -134,6 +134,19 @@ def test_a_collection_takes_one_kind_of_vectors(
     assert "the collection holds vectors of fp32, this encoder runs int8" in sentence and "--variant fp32" in sentence
     set_overlap(mine, "int8", 0.99)
     assert main(["index", "build", *flags, "--variant", "int8"]) == 0
+
+
+def test_operators_that_run_elsewhere_are_named() -> None:
+    gpu, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+    placed = [(gpu, "MatMul")] * 5 + [(cpu, "Shape"), (cpu, "Concat")]
+    assert misplaced(placed, gpu) == ""
+    placed += [(cpu, "Attention")] * 2
+    assert misplaced(placed, gpu) == "2 of 9 operators run elsewhere (2 Attention)"
+    assert misplaced([(cpu, "MatMul")], cpu) == ""
+
+
+def test_a_required_provider_that_is_there_is_no_hindrance(bundle: Path) -> None:
+    assert open_runtime(Bundle.open(bundle), "cpu", 1, require_provider=True).provider == "CPUExecutionProvider"
 
 
 def test_this_machine_offers_a_cpu() -> None:

@@ -19,6 +19,7 @@ import service.build
 from export.bundle import Bundle
 from likewise import main
 from service.collection import Collection
+from service.config import Embedding
 from service.encoder import Encoder
 from tests.conftest import encode, noise
 from tests.shapes import write_shapes
@@ -42,7 +43,7 @@ def test_a_collection_holds_every_picture(bundle: Path, pictures: Path, tmp_path
     assert main(command(bundle, pictures, out)) == 0
     found = contents(out)
     assert len(found) == 64 and "star/00003.png" in found
-    encoder = Encoder(Bundle.open(bundle), "cpu", 1)
+    encoder = Encoder(Bundle.open(bundle), Embedding(bundle=bundle, device="cpu", threads=1))
     pixels = encoder.decode((pictures / "star/00003.png").read_bytes()).pixels
     expected = encoder.embed(pixels[None])[0]
     assert np.allclose(np.frombuffer(found["star/00003.png"], np.float32), expected, atol=1e-6)
