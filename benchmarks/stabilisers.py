@@ -5,7 +5,7 @@
 Every setting gets the same pictures, views, initial weights, learning rate and number of steps; only what its name says
 differs. Teacher [CLS] features, weighted kNN (k = 20, temperature 0.07), held-out pictures against training pictures;
 folder names are labels for measuring only. Interrupted, the same command continues; finished runs are kept as lines of
-FOLDER/runs.jsonl. `--quick` checks the mechanics on drawn shapes in under a minute.
+FOLDER/runs.jsonl; `--report` prints them. `--quick` checks the mechanics on drawn shapes in under a minute.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SOP + mean entropy 1": {**NANO, **SOP, "mean_entropy_weight": 1.0},
     "SOP + centring": {**NANO, **SOP, "teacher_votes": "centred"},
     "SOP + KoLeo 0.03": {**NANO, "koleo_weight": 0.03},
+    "SOP + KoLeo 0.3": {**NANO, "koleo_weight": 0.3},
+    "DINO + KoLeo 0.3": {**NANO, "method": "dino", "koleo_weight": 0.3},
     "SOP, anchors from written rows": {**NANO, **SOP, "anchors_from": "written"},
     "SOP, batch 256, as many pictures": {**NANO, **SOP, "batch_size": 256},
     **{f"SOP + KoLeo 0.1, k = {k}, micro": {**MICRO, **KOLEO, "support": k} for k in (4, 0, 8, 1)},
@@ -99,10 +101,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="run nothing, print what FOLDER/runs.jsonl holds")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     train_folder, held_out, steps, seeds = args.train, args.held_out, args.steps, args.seeds
-    if train_folder is None:
+    if train_folder is None and not args.report:
         train_folder, held_out = args.out / "shapes" / "train", args.out / "shapes" / "test"
         for folder, seed in ((train_folder, 1), (held_out, 2)):
             if not folder.is_dir():
@@ -113,7 +116,7 @@ def main() -> None:
     log = args.out / "runs.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     common = {"pictures": train_folder, "steps": steps, "threads": args.threads, "batch_size": 64}
-    for seed in seeds:
+    for seed in [] if args.report else seeds:
         baselines = ["untrained", *(("raw pixels", "grey, normalised pixels") if seed == seeds[0] else ())]
         for name in [*baselines, *args.only]:
             if any(line["name"] == name and line["seed"] == seed for line in done):
