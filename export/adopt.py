@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import onnx.compose
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from export.bundle import Embeddings, EncoderSpec, RefusalError, sha256_file
+from export.bundle import Embeddings, EncoderSpec, RefusalError
 from export.config import Export
 from export.onnx_graph import OPSETS, check_structure
 from export.preprocess import Pixels, PreprocessSpec
@@ -46,14 +48,19 @@ def adopt(asked: Export, console: Console) -> Source:
         )
     if not shape.tokens and pooling != "model":
         raise RefusalError(f"{path} gives one vector per picture already: leave --pooling out")
-    if asked.patches:
-        raise RefusalError(f"{path} is an ONNX file, whose patches are not known: leave --patches out")
+    for name in ("patch_size", "patches"):
+        if getattr(asked, name):
+            raise RefusalError(f"{path} is an ONNX file: leave --{name.replace('_', '-')} out")
+    if asked.opset != "auto" or asked.weights != "auto":
+        raise RefusalError(f"{path} is an ONNX file, it has its opset and weights: leave --opset and --weights out")
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()  # weights beside the file included
     (opset,) = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
     if not 13 <= opset <= max(OPSETS):
         raise RefusalError(f"{path} has opset {opset}, 13 to {max(OPSETS)} can be adopted: export it again")
     spec = EncoderSpec(
-        model="onnx", kwargs={}, image_size=shape.size, embedding_dim=shape.dim, pooling=pooling, mean=mean, std=std
-    )
+        model="onnx", kwargs={"output": shape.output}, image_size=shape.size, embedding_dim=shape.dim, pooling=pooling,
+        mean=mean, std=std,
+    )  # fmt: skip
     console.print(
         f"{path.name}: input {shape.input} at {shape.size} px, output {shape.output} of {shape.dim}; normalised with mean "
         f"{mean} and deviation {std}; pooling {pooling}"
@@ -83,7 +90,7 @@ def adopt(asked: Export, console: Console) -> Source:
         "exported_with": exported_with(),
     }  # fmt: skip
     return Source(
-        spec, PreprocessSpec(size=shape.size, fit=asked.fit or "crop"), sha256_file(path), provenance, None, None, write,
+        spec, PreprocessSpec(size=shape.size, fit=asked.fit or "crop"), digest, provenance, None, None, write,
         embed, opset,
     )  # fmt: skip
 
@@ -128,7 +135,7 @@ def _inspect(asked: Export, model: onnx.ModelProto) -> _Shape:
         known = ", ".join(f"{v.name} {_dims(v)}" for v in model.graph.output)
         raise RefusalError(f"{asked.source} gives {known}: say which is the embedding with --output NAME")
     out = _dims(found[0])
-    if len(out) not in (2, 3) or not isinstance(out[-1], int):
+    if len(out) not in (2, 3) or not isinstance(out[-1], int) or out[-1] < 1:
         raise RefusalError(
             f"the output {found[0].name} of {asked.source} is {out}, [batch, D] or [batch, tokens, D] is expected: choose "
             "another with --output"
@@ -148,6 +155,8 @@ def _fixed_batch(model: onnx.ModelProto) -> bool:
 
 
 def _normalization(asked: Export, shape: _Shape) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    if shape.pixels and asked.normalization not in (None, "none"):
+        raise RefusalError(f"{asked.source} takes uint8 pixels and normalises them itself: leave --normalization out")
     if shape.pixels or asked.normalization == "none":
         return UNIT
     if asked.normalization == "imagenet":
@@ -172,9 +181,10 @@ def _wrapped(
     """uint8 [batch, H, W, 3] → normalised input → the model → unit rows."""
     wrapped = onnx.ModelProto()
     wrapped.CopyFrom(model)
+    wrapped = onnx.compose.add_prefix(wrapped, "theirs/")  # its own names may be ours
+    shape = shape._replace(input=f"theirs/{shape.input}", output=f"theirs/{shape.output}")
     graph = wrapped.graph
-    given = next(value for value in graph.input if value.name == shape.input)
-    graph.input.remove(given)
+    del graph.input[:]  # old exporters list weights there, too
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", shape.size, shape.size, 3])
     graph.input.insert(0, images)
     del graph.value_info[:]  # shapes inside may hold the old batch
@@ -237,9 +247,13 @@ def _require_free_batch(out: Path, path: Path) -> None:
         try:
             rows = run({"images": np.zeros((count, size, size, 3), np.uint8)}, "embedding")
         except Exception as e:  # onnxruntime raises types of its own
+            why = (
+                "its batch size is fixed inside; export it again with a dynamic batch"
+                if count > 1
+                else "export it again"
+            )
             raise RefusalError(
-                f"{path} cannot embed {count} pictures at a time ({str(e).splitlines()[0][:160]}): its batch size is fixed "
-                "inside; export it again with a dynamic batch"
+                f"{path} cannot embed {count} pictures at a time ({str(e).splitlines()[0][:160]}): {why}"
             ) from e
         if len(rows) != count:
             raise RefusalError(

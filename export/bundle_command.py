@@ -105,7 +105,7 @@ def describe(bundle: Bundle) -> list[str]:
 
 def verify(asked: Verify) -> None:
     """Raises `RefusalError` at the first thing that is not as it must be."""
-    from export.parity import measure_parity, read_parity
+    from export.parity import GATE_PICTURES, INT8_OVERLAP, measure_parity, read_parity
     from export.runtime import Runtime, offered
     from export.sample import read_sample
 
@@ -116,7 +116,10 @@ def verify(asked: Verify) -> None:
     fp32 = Runtime(bundle, "cpu")
     report = read_parity(bundle)
     for provider in offered(asked.device):
-        for name in bundle.manifest.variants:
+        for name, about in bundle.manifest.variants.items():
+            if "*" not in about.providers and provider not in about.providers:
+                console.print(f"{name} is not meant for {provider}")
+                continue
             runtime = Runtime(bundle, asked.device, None, name, provider)  # checks the canary
             line = f"{name} on {runtime.provider}: canary cosine {runtime.check_canary():.7f}"
             if sample is not None and (name, provider) != ("fp32", fp32.provider):
@@ -127,8 +130,12 @@ def verify(asked: Verify) -> None:
                     f"overlap@10 {found.neighbor_overlap_at_10:.3f}, {found.speed[-1].images_per_second:,.0f} images/s in "
                     f"batches of {found.speed[-1].batch}"
                 )
-                if found.not_finite:
-                    raise RefusalError(f"{line}; {found.not_finite} embeddings are not finite: do not use {name} here")
+                shows = found.pictures >= GATE_PICTURES
+                if found.not_finite or (shows and found.neighbor_overlap_at_10 < INT8_OVERLAP):
+                    raise RefusalError(
+                        f"{line}; {found.not_finite} embeddings are not finite, an overlap of {INT8_OVERLAP} is needed: do "
+                        f"not use {name} here"
+                    )
             console.print(line)
     if sample is not None:
         try:

@@ -44,6 +44,12 @@ def export(asked: Export) -> Bundle:
         bundle = _same_bundle(asked.out, source.space_id)
         if bundle is None:
             raise RefusalError(f"{asked.out} exists already: choose another --out, or remove it first")
+        fp32 = bundle.manifest.variants["fp32"]
+        if bundle.manifest.patches != source.patches or asked.opset not in ("auto", str(fp32.opset)):
+            raise RefusalError(
+                f"{asked.out} holds this encoder with opset {fp32.opset} and patches {bundle.manifest.patches}: choose "
+                "another --out for other graphs"
+            )
         if set(asked.variants) <= bundle.manifest.variants.keys():
             console.print(f"{asked.out} holds this encoder's bundle already, and its files match their checksums")
             return bundle
@@ -102,34 +108,37 @@ def add_variant(bundle: Bundle, name: str, source: Source, sample: Sample, conso
     holds the old manifest or the new one. Raises `RefusalError`, and leaves the bundle as it was."""
     from export import quantise
 
-    file = bundle.folder / f"model.{name}.onnx"
+    file, trial_file = (bundle.folder / n for n in (f"model.{name}.onnx", f".model.{name}.onnx.tmp"))
     recipes: tuple[str, ...] = ("",) if name == "fp16" else quantise.int8_recipes(bundle.graph())
     refused: RefusalError | None = None
-    for recipe in recipes:
-        console.print(f"making {name}{f' ({recipe})' if recipe else ''}")
-        try:
-            if name == "fp16":
-                quantise.write_fp16(bundle.graph(), file)
-            else:
-                quantise.write_int8(bundle.graph(), file, recipe, sample.pixels)  # type: ignore[arg-type]
-            trial = Bundle(bundle.folder, _with_variant(bundle, name, file, recipe, {"*": -1.0}))
-            runtime = Runtime(trial, device="cpu", variant=name)
-            parity = measure_parity(source.embed, runtime, sample.pixels, sample.labels)
-            require_parity(parity)
-        except RefusalError as e:
-            file.unlink(missing_ok=True)
-            console.print(f"refused: {e}")
-            refused = e
-            continue
-        # What this graph gives here, with room for other kernels; a wrong graph or provider is far below.
-        lowest = runtime.check_canary()
-        floor = min(CANARY_FLOORS[name], 1.0 - 3.0 * (1.0 - lowest))
-        manifest = _with_variant(bundle, name, file, recipe, {"*": floor})
-        report = read_parity(bundle).with_(parity)
-        write_file(bundle.folder / "parity.json", report.model_dump_json(indent=2))
-        write_file(bundle.folder / "manifest.json", manifest.model_dump_json(indent=2))
-        console.print(_said(parity))
-        return Bundle(bundle.folder, manifest)
+    try:
+        for recipe in recipes:
+            console.print(f"making {name}{f' ({recipe})' if recipe else ''}")
+            try:
+                if name == "fp16":
+                    quantise.write_fp16(bundle.graph(), trial_file)
+                else:
+                    quantise.write_int8(bundle.graph(), trial_file, recipe, sample.pixels)  # type: ignore[arg-type]
+                trial = Bundle(bundle.folder, _with_variant(bundle, name, trial_file, recipe, {"*": -1.0}))
+                runtime = Runtime(trial, device="cpu", variant=name)
+                parity = measure_parity(source.embed, runtime, sample.pixels, sample.labels)
+                require_parity(parity)
+            except RefusalError as e:
+                console.print(f"refused: {e}")
+                refused = e
+                continue
+            # What this graph gives here, with room for other kernels; a wrong graph or provider is far below.
+            floor = min(CANARY_FLOORS[name], 1.0 - 3.0 * (1.0 - runtime.check_canary()))
+            publish(trial_file, file)
+            bundle = Bundle.open(bundle.folder)  # another process may have added a variant meanwhile
+            manifest = _with_variant(bundle, name, file, recipe, {"*": floor})
+            report = read_parity(bundle).with_(parity)
+            write_file(bundle.folder / "parity.json", report.model_dump_json(indent=2))
+            write_file(bundle.folder / "manifest.json", manifest.model_dump_json(indent=2))
+            console.print(_said(parity))
+            return Bundle(bundle.folder, manifest)
+    finally:
+        trial_file.unlink(missing_ok=True)
     assert refused is not None
     raise RefusalError(f"{bundle.folder} stays without {name}: {refused}")
 

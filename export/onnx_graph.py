@@ -70,6 +70,11 @@ class EmbeddingGraph(nn.Module):
         return row
 
 
+def has_class_token(encoder: nn.Module) -> bool:
+    """Whether the first of its last features is a class token (ViT, DINOv3's Eva, BEiT, …)."""
+    return bool(getattr(encoder, "has_class_token", False)) or getattr(encoder, "cls_token", None) is not None
+
+
 def split_features(encoder: nn.Module, features: Tensor) -> tuple[Tensor | None, Tensor]:
     """timm's last features → class token [B, C] or None, patches [B, h, w, C] (registers are dropped)."""
     if features.ndim == 4:
@@ -78,7 +83,7 @@ def split_features(encoder: nn.Module, features: Tensor) -> tuple[Tensor | None,
     prefix = int(getattr(encoder, "num_prefix_tokens", 0))
     patches = features[:, prefix:]
     side = math.isqrt(patches.shape[1])
-    cls = features[:, 0] if getattr(encoder, "has_class_token", False) else None
+    cls = features[:, 0] if has_class_token(encoder) else None
     return cls, patches.unflatten(1, (side, -1))  # type: ignore[no-untyped-call]
 
 
@@ -109,7 +114,12 @@ def build_encoder(spec: EncoderSpec) -> nn.Module:
             f"timm cannot build {spec.model} with {spec.kwargs} at {spec.image_size} px ({str(e).splitlines()[0]}): choose "
             "another --image-size or --patch-size"
         ) from e
-    if spec.pooling in ("cls", "cls+mean") and not getattr(encoder, "has_class_token", False):
+    if spec.pooling != "model" and isinstance(getattr(encoder, "norm", None), nn.Identity):
+        raise RefusalError(
+            f"{spec.model} normalises after its own pooling, so that {spec.pooling} of its last features has no scale: "
+            "choose --pooling model"
+        )
+    if spec.pooling in ("cls", "cls+mean") and not has_class_token(encoder):
         raise RefusalError(f"{spec.model} has no class token to pool: choose --pooling mean, gem or model")
     return encoder
 
@@ -165,7 +175,8 @@ def write_graph(graph: EmbeddingGraph, image_size: int, path: Path, opset: int) 
 
 def attentions(encoder: nn.Module) -> int:
     """How many fused attentions the network has: each becomes one operator from opset 23 on."""
-    return sum(bool(getattr(module, "fused_attn", False)) for module in encoder.modules())
+    inside = [m for name, m in encoder.named_modules() if not name.startswith("attn_pool")]  # that one pools, by itself
+    return sum(bool(getattr(module, "fused_attn", False)) for module in inside)
 
 
 def check_structure(path: Path, image_size: int, attentions: int | None = None) -> None:

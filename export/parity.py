@@ -19,6 +19,7 @@ BATCHES = (1, 3, BUCKETS[-1])
 MIN_COSINE = {"fp32": 0.99999, "fp16": 0.999}
 INT8_OVERLAP = 0.95
 INT8_MAP_LOSS = 1.0  # points
+GATE_PICTURES = 200  # fewer say nothing about neighbours: of eleven, all share their ten
 SPEED_BATCHES = (1, 8, 32)
 SPEED_SECONDS = 0.3  # per batch size
 
@@ -77,9 +78,14 @@ class ParityReport(Contract):
 
     def with_(self, new: Parity) -> ParityReport:
         """The same with one measurement added, or in the place of an older one of its kind."""
-        same = (new.variant, new.provider, new.machine)
-        kept = [m for m in self.measurements if (m.variant, m.provider, m.machine) != same]
-        return ParityReport(measurements=[*kept, new])
+        same = [
+            m
+            for m in self.measurements
+            if (m.variant, m.provider, m.machine) == (new.variant, new.provider, new.machine)
+        ]
+        if any(m.pictures > max(new.pictures, GATE_PICTURES) for m in same):
+            return self  # more pictures know better
+        return ParityReport(measurements=[*(m for m in self.measurements if m not in same), new])
 
 
 def read_parity(bundle: Bundle) -> ParityReport:
@@ -161,6 +167,11 @@ def require_parity(parity: Parity) -> None:
         )
         raise RefusalError(
             f"the {parity.variant} graph differs from the network: {found}, a cosine of at least {floor} is needed; {what}"
+        )
+    if floor is None and parity.pictures < GATE_PICTURES:
+        raise RefusalError(
+            f"{parity.pictures} pictures do not show whether {parity.variant} finds the same neighbours, at least "
+            f"{GATE_PICTURES} are needed: pass --images with more; it was not written"
         )
     by_map = parity.map_loss is not None and parity.map_loss <= INT8_MAP_LOSS
     if floor is None and not (parity.neighbor_overlap_at_10 >= INT8_OVERLAP or by_map):

@@ -38,10 +38,14 @@ products, activations scaled by what calibration pictures gave."""
 
 def write_fp16(graph: Path, out: Path) -> None:
     """float16 inside, the same input and output."""
-    with _quiet():
-        half = convert_float_to_float16(
-            onnx.load(str(graph)), keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_IN_FP16]
-        )
+    try:
+        with _quiet():
+            half = convert_float_to_float16(
+                onnx.load(str(graph)), keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_IN_FP16]
+            )
+    except Exception as e:  # the converter raises whatever its parts do
+        first = (str(e) or type(e).__name__).splitlines()[0][:200]
+        raise RefusalError(f"onnxruntime cannot convert {graph} to float16 ({first}): leave fp16 out") from e
     onnx.save(half, str(out))
 
 

@@ -1,5 +1,5 @@
-"""Bundle → embeddings on ONNX Runtime: the only importer of onnxruntime, so that parity, evaluation and the service
-run the same session."""
+"""Bundle → embeddings on ONNX Runtime: the only place that runs it, so that parity, evaluation and the service run the
+same session (`export/quantise.py` uses its converters)."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Runtime:
             )
         if self.provider != asked_for:
             self.provider_reason = f"{asked_for} did not load: check the driver"
-        elif asked_for != "CPUExecutionProvider":
+        elif asked_for != "CPUExecutionProvider" and hasattr(self._session, "get_provider_graph_assignment_info"):
             placed = [(part.ep_name, node.op_type) for part in self._session.get_provider_graph_assignment_info()
                       for node in part.get_nodes()]  # fmt: skip
             elsewhere = misplaced(placed, asked_for)

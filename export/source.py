@@ -29,7 +29,14 @@ from export.bundle import (
     tensors_sha256,
 )
 from export.config import Export
-from export.onnx_graph import EmbeddingGraph, build_encoder, count_dimensions, load_encoder, write_graph
+from export.onnx_graph import (
+    EmbeddingGraph,
+    build_encoder,
+    count_dimensions,
+    has_class_token,
+    load_encoder,
+    write_graph,
+)
 from export.preprocess import Pixels, PreprocessSpec
 from export.weights import fit_state, read_state
 
@@ -114,6 +121,8 @@ def _open_weights(asked: Export, console: Console) -> Source:
         raise RefusalError(
             f"{path} is a file of weights: name its architecture with --model, such as vit_small_patch16_224"
         )
+    if asked.output or asked.weights != "auto":
+        raise RefusalError(f"{path} is a file of weights: leave --output and --weights out")
     if not timm.is_model(asked.model):
         raise RefusalError(f"timm {timm.__version__} has no model {asked.model!r}: see timm.list_models()")
     with torch.device("meta"):
@@ -122,7 +131,7 @@ def _open_weights(asked: Export, console: Console) -> Source:
     mean, std = _normalization(asked, config)
     kwargs = {} if asked.patch_size is None else {"patch_size": asked.patch_size}
     size = asked.image_size or int(config["input_size"][-1])
-    pooling: Pooling = asked.pooling or ("cls" if getattr(native, "has_class_token", False) else "model")
+    pooling: Pooling = asked.pooling or ("cls" if has_class_token(native) else "model")
     spec = EncoderSpec(
         model=asked.model, kwargs=kwargs, image_size=size, embedding_dim=1, pooling=pooling, mean=mean, std=std
     )
@@ -164,6 +173,8 @@ def _normalization(
     """Mean and deviation; a wrong one costs neighbours and shows nowhere, so that a doubt is asked about."""
     (r, g, b), (dr, dg, db) = config["mean"], config["std"]
     theirs = (r, g, b), (dr, dg, db)
+    if asked.normalization == "none":
+        raise RefusalError("--normalization none is for ONNX files that take 0…1: choose imagenet or model")
     if asked.normalization == "model" or theirs == IMAGENET:
         return theirs
     if asked.normalization == "imagenet":

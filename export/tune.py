@@ -11,11 +11,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from export.bundle import Bundle, Contract, RefusalError, write_file
-from export.parity import measure_speed, read_parity
+from export.parity import GATE_PICTURES, measure_speed, read_parity
 from export.runtime import Device, Runtime, offered, runtime_name
 
 MIN_OVERLAP = 0.98
 """Vectors of two variants are one collection's, and a faster variant takes fp32's place, from this stored overlap@10 on."""
+FLOAT32 = ("CPUExecutionProvider", "CUDAExecutionProvider")  # OpenVINO chooses bfloat16 where the processor has it
 BATCH = 8
 SECONDS = 0.4  # per candidate
 
@@ -71,7 +72,13 @@ def open_runtime(
     best = max(timings, key=lambda t: t.images_per_second)
     if not best.images_per_second:
         raise RefusalError(best.refused)
-    runtime = Runtime(bundle, device, threads, best.variant, best.provider, require_provider)
+    try:
+        runtime = Runtime(bundle, device, threads, best.variant, best.provider, require_provider)
+    except RefusalError as e:  # since it was measured, something was upgraded or broke
+        if require_provider:
+            raise
+        say(f"{best.variant} on {best.provider} does not run any more, fp32 does: {e}")
+        runtime = Runtime(bundle, device, threads)
     others = ", ".join(
         f"{t.variant} on {t.provider} {t.images_per_second:,.1f}" for t in timings if t != best and not t.refused
     )
@@ -81,22 +88,29 @@ def open_runtime(
     return runtime
 
 
-def overlap(bundle: Bundle, variant: str) -> float | None:
-    """Lowest stored overlap@10 of a variant with the network, over the machines that measured it; None where none did."""
-    found = [m.neighbor_overlap_at_10 for m in read_parity(bundle).measurements if m.variant == variant]
+def overlap(bundle: Bundle, variant: str, provider: str) -> float | None:
+    """Lowest stored overlap@10 of a variant on a provider with the network, over the machines that measured it on enough
+    pictures; None where none did. That of fp32 is 1 where it computes in float32: its gate is stricter."""
+    if variant == "fp32" and provider in FLOAT32:
+        return 1.0
+    found = [
+        m.neighbor_overlap_at_10 for m in read_parity(bundle).measurements
+        if (m.variant, m.provider) == (variant, provider) and m.pictures >= GATE_PICTURES
+    ]  # fmt: skip
     return min(found) if found else None
 
 
-def mixing_refusal(bundle: Bundle, variant: str, stored: set[str]) -> str | None:
-    """Why vectors of `variant` may not join a collection with vectors of `stored` variants; None where they may."""
-    for name in sorted(stored - {variant}):
-        for one in (variant, name):
-            found = overlap(bundle, one)
+def mixing_refusal(bundle: Bundle, origin: str, stored: set[str]) -> str | None:
+    """Why vectors of `origin` (variant/provider) may not join a collection with those of `stored`; None where they may."""
+    for name in sorted(stored - {origin}):
+        for one in (origin, name):
+            found = overlap(bundle, *one.split("/", 1))
             if found is None or found < MIN_OVERLAP:
                 known = "was not measured" if found is None else f"is {found:.3f}"
                 return (
-                    f"the collection holds vectors of {name}, this encoder runs {variant}, and the neighbour overlap of "
-                    f"{one} {known}, {MIN_OVERLAP} is needed to mix them: pass --variant {name}, or build another collection"
+                    f"the collection holds vectors of {name}, this encoder is {origin}, and the neighbour overlap of {one} "
+                    f"{known}, {MIN_OVERLAP} is needed to mix them: pass --variant {name.split('/')[0]}, measure it with "
+                    "`likewise bundle verify --images`, or build another collection"
                 )
     return None
 
@@ -105,7 +119,7 @@ def _eligible(bundle: Bundle, provider: str, variant: str) -> list[str]:
     found = []
     for name, about in bundle.manifest.variants.items():
         meant = "*" in about.providers or provider in about.providers
-        close = name == "fp32" or (overlap(bundle, name) or 0.0) >= MIN_OVERLAP
+        close = (overlap(bundle, name, provider) or 0.0) >= MIN_OVERLAP
         if meant and (name == variant or (variant == "auto" and close)):
             found.append(name)
     return found
@@ -118,6 +132,8 @@ def _time(bundle: Bundle, device: Device, threads: int | None, variant: str, pro
         return Timing(variant=variant, provider=provider, images_per_second=0.0, refused=str(e))
     size = bundle.manifest.encoder.image_size
     noise = np.random.default_rng(0).integers(0, 256, (BATCH, size, size, 3), np.uint8)
+    if runtime.provider != provider:
+        return Timing(variant=variant, provider=provider, images_per_second=0.0, refused=runtime.provider_reason)
     speed = measure_speed(runtime, noise, BATCH, SECONDS)
     return Timing(variant=variant, provider=provider, images_per_second=speed.images_per_second)
 
@@ -130,14 +146,15 @@ def _places(bundle: Bundle) -> list[Path]:
 
 def read_timings(bundle: Bundle) -> Timings:
     """What was measured of this bundle, on any machine."""
-    for path in _places(bundle):
+    machines: dict[str, list[Timing]] = {}
+    for path in reversed(_places(bundle)):
         try:
             found = Timings.model_validate_json(path.read_bytes())
         except (OSError, ValidationError):
             continue  # absent or damaged: measured again
         if found.seal == bundle.manifest.seal:
-            return found
-    return Timings(seal=bundle.manifest.seal, machines={})
+            machines.update(found.machines)
+    return Timings(seal=bundle.manifest.seal, machines=machines)
 
 
 def _write(bundle: Bundle, timings: Timings) -> None:

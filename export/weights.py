@@ -32,8 +32,9 @@ _WRAPPERS = (
 )
 # What they put before its names. Stripped one after the other, as often as one fits every encoder tensor.
 _PREFIXES = (
-    "module.", "_orig_mod.", "teacher.", "teacher_", "momentum_encoder.", "base_encoder.", "target_encoder.", "student.",
-    "encoder_q.", "online_encoder.", "encoder.", "backbone.", "model.", "vit.", "net.",
+    "module.", "_orig_mod.", "teacher.", "teacher_", "momentum_encoder.", "momentum_backbone.", "target_encoder.",
+    "target_network.", "model_ema.", "ema_model.", "ema_encoder.", "ema.", "encoder_k.", "base_encoder.", "student.",
+    "encoder_q.", "online_encoder.", "online_network.", "encoder.", "backbone.", "model.", "vit.", "net.",
 )  # fmt: skip
 # Heads, projectors and what only training uses.
 _NOT_ENCODER = re.compile(
@@ -66,7 +67,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise RefusalError(
             f"{path} holds a {type(state).__name__} that is no state dict (name → tensor): save model.state_dict()"
         )
-    return unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    return unwrapped(
+        {name: value.detach().float() if value.is_floating_point() else value.detach() for name, value in state.items()}
+    )
 
 
 def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:

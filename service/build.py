@@ -75,7 +75,7 @@ def _fill(
     work = asked.out / "building"
     work.mkdir(exist_ok=True)
     encoder = Encoder(bundle, asked, console.print)
-    refusal = encoder.mixing_refusal(collection.variants)
+    refusal = encoder.mixing_refusal(collection.origins) if todo else None
     if refusal is not None:
         encoder.close()
         raise RefusalError(refusal)

@@ -171,11 +171,12 @@ class Collection:
         return self._sequence
 
     @property
-    def variants(self) -> set[str]:
-        """Which graphs of the bundle made its vectors; those that clients brought are not counted."""
+    def origins(self) -> set[str]:
+        """Variants and providers that made its vectors, deleted ones until they are compacted away; those that clients
+        brought are not counted."""
         view = self._view
         origins = {*view.fresh_origins, *(origin for part in view.parts for origin in part.segment.manifest.origins)}
-        return {origin.partition("/")[0] for origin in origins} - {"client"}
+        return origins - {"client"}
 
     @property
     def fresh_count(self) -> int:

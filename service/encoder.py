@@ -68,8 +68,8 @@ class Encoder:
         return f"{self.runtime.variant}/{self.runtime.provider}"
 
     def mixing_refusal(self, stored: set[str]) -> str | None:
-        """Why its vectors may not join a collection with vectors of `stored` variants; None where they may."""
-        return mixing_refusal(self.bundle, self.runtime.variant, stored)
+        """Why its vectors may not join a collection with vectors of `stored` origins; None where they may."""
+        return mixing_refusal(self.bundle, self.origin, stored)
 
     def embed(self, pixels: Pixels) -> Embeddings:
         """uint8 [N, H, W, 3] → float32 [N, D], unit rows."""

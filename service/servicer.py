@@ -262,7 +262,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
             g if isinstance(g, ServiceError) else g.vector for g in given
         ]
         pictures = [i for i, outcome in enumerate(outcomes) if outcome is None]
-        refusal = engine.encoder.mixing_refusal(collection.variants) if pictures else None
+        refusal = engine.encoder.mixing_refusal(collection.origins) if pictures else None
         if refusal is not None:
             raise PreconditionError(refusal, reason="VARIANT_MISMATCH")
         if pictures:

@@ -28,6 +28,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def many_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """208 drawn shapes: enough for what goes by neighbours."""
+    return write_shapes(tmp_path_factory.mktemp("data") / "many", 208, seed=3)
+
+
+@pytest.fixture(scope="session")
 def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps."""
     out = tmp_path_factory.mktemp("run") / "run"

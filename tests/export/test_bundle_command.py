@@ -15,9 +15,10 @@ from likewise import main
 
 
 @pytest.fixture
-def mine(run: Path, bundle: Path, tmp_path: Path) -> Path:
+def mine(run: Path, bundle: Path, many_pictures: Path, tmp_path: Path) -> Path:
     out = shutil.copytree(bundle, tmp_path / "bundle")
-    assert main(["export", str(run), "--out", str(out), "--variants", "int8"]) == 0
+    flags = ["--variants", "int8", "--images", str(many_pictures)]
+    assert main(["export", str(run), "--out", str(out), *flags]) == 0
     return out
 
 
@@ -34,12 +35,12 @@ def test_show_says_what_it_is(mine: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_verify_measures_every_graph_here(
-    mine: Path, pictures: Path, capfd: pytest.CaptureFixture[str], refused: Callable[..., str]
+    mine: Path, many_pictures: Path, capfd: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     space, before = Bundle.open(mine).space_id, read_parity(Bundle.open(mine))
     (mine / "parity.json").unlink()
     capfd.readouterr()
-    assert main(["bundle", "verify", str(mine), "--images", str(pictures), "--device", "cpu"]) == 0
+    assert main(["bundle", "verify", str(mine), "--images", str(many_pictures), "--device", "cpu"]) == 0
     said = capfd.readouterr().err
     assert "files match their checksums" in said and "faithful on this machine" in said
     assert "fp32 on CPUExecutionProvider: canary cosine 1.0" in said and "int8 on CPUExecutionProvider" in said

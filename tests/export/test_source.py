@@ -17,7 +17,7 @@ from torch import nn
 
 from export.bundle import Bundle, EncoderSpec, RefusalError, tensors_sha256
 from export.command import write_bundle
-from export.onnx_graph import attentions, build_encoder, load_encoder
+from export.onnx_graph import attentions, build_encoder, has_class_token, load_encoder
 from export.preprocess import PreprocessSpec
 from export.runtime import Runtime, open_graph
 from export.sample import read_sample
@@ -182,9 +182,9 @@ def foreign(kind: str, folder: Path, opset: int = 17) -> Path:
     if kind == "frozen":
         example, shapes = example[:1], None  # type: ignore[assignment]
     program = torch.onnx.export(
-        Plain(kind).eval(), (example,), input_names=["pixel_values"], dynamic_shapes=shapes, opset_version=max(18, opset),
-        dynamo=True, external_data=False, verbose=False,
-        output_names=["first", "second"] if kind == "two" else ["output"],
+        Plain(kind).eval(), (example,), input_names=["images" if kind == "named" else "pixel_values"],
+        dynamic_shapes=shapes, opset_version=max(18, opset), dynamo=True, external_data=False, verbose=False,
+        output_names=["first", "second"] if kind == "two" else ["embedding" if kind == "named" else "output"],
     )  # fmt: skip
     assert program is not None
     path = folder / f"{kind}.onnx"
@@ -196,6 +196,7 @@ def foreign(kind: str, folder: Path, opset: int = 17) -> Path:
     ("kind", "flags"),
     [
         ("plain", ["--normalization", "imagenet"]),
+        ("named", ["--normalization", "imagenet"]),  # as ours are
         ("raw", []),
         ("tokens", ["--normalization", "model", "--model", "vit_tiny_patch16_224", "--pooling", "mean"]),
         ("two", ["--normalization", "none", "--output", "second"]),
@@ -235,6 +236,50 @@ def test_onnx_files_that_do_not_say_enough_are_refused(
     with pytest.raises(RefusalError, match="holds no variant 'int8'"):
         assert main(["export", str(plain), *map(str, imagenet)]) == 0
         Bundle.open(tmp_path / "b").graph("int8")
+
+
+def test_the_space_is_that_of_weights_and_output(pictures: Path, tmp_path: Path) -> None:
+    two = foreign("two", tmp_path)
+    flags = ["--normalization", "none", "--images", str(pictures)]
+    spaces = set()
+    for output in ("first", "second"):
+        out = tmp_path / output
+        assert main(["export", str(two), "--out", str(out), "--output", output, *flags]) == 0
+        spaces.add(Bundle.open(out).space_id)
+    # Weights in a file of their own: the graph's file stays the same where they differ.
+    model = onnx.load(str(foreign("plain", tmp_path)))
+    for change in (0.0, 0.1):
+        folder = tmp_path / f"external-{change}"
+        folder.mkdir()
+        largest = max(model.graph.initializer, key=lambda t: len(t.raw_data))
+        largest.raw_data = (np.frombuffer(largest.raw_data, np.float32) + np.float32(change)).tobytes()
+        onnx.save(model, str(folder / "m.onnx"), save_as_external_data=True, location="m.data", size_threshold=1024)
+        onnx.load_external_data_for_model(model, str(folder))
+        assert main(["export", str(folder / "m.onnx"), "--out", str(folder / "b"), *flags]) == 0
+        spaces.add(Bundle.open(folder / "b").space_id)
+    assert len(spaces) == 4
+
+
+def test_weights_of_half_precision_are_the_same_weights(pictures: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = timm.create_model("resnet10t", num_classes=0).half()
+    spaces = set()
+    for name, kind in (("half", torch.float16), ("full", torch.float32)):
+        state = {
+            key: value.to(kind) if value.is_floating_point() else value for key, value in model.state_dict().items()
+        }
+        save_file(state, tmp_path / f"{name}.safetensors")
+        flags = ["--model", "resnet10t", "--image-size", "64", "--images", str(pictures)]
+        assert main(["export", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / name), *flags]) == 0
+        spaces.add(Bundle.open(tmp_path / name).space_id)
+    assert len(spaces) == 1
+
+
+def test_dinov3_has_a_class_token() -> None:
+    encoder = timm.create_model("vit_small_patch16_dinov3", num_classes=0, img_size=32, depth=1)
+    assert has_class_token(encoder)
+    with pytest.raises(RefusalError, match="choose --pooling model"):
+        build_encoder(EncoderSpec(model="beit_base_patch16_224", kwargs={"depth": 1}, image_size=224, embedding_dim=1))
 
 
 def test_safetensors_of_a_timm_model(pictures: Path, tmp_path: Path) -> None:

@@ -12,14 +12,15 @@ import pytest
 from export.bundle import Bundle, RefusalError
 from export.parity import read_parity
 from export.runtime import Runtime, misplaced, offered, runtime_name
-from export.tune import Timings, mixing_refusal, open_runtime, overlap
+from export.tune import Timings, mixing_refusal, open_runtime, overlap, read_timings
 from likewise import main
 
 
 @pytest.fixture(scope="module")
-def complete(run: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete(run: Path, bundle: Path, many_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = shutil.copytree(bundle, tmp_path_factory.mktemp("tune") / "bundle")
-    assert main(["export", str(run), "--out", str(out), "--variants", "int8"]) == 0
+    flags = ["--variants", "int8", "--images", str(many_pictures)]
+    assert main(["export", str(run), "--out", str(out), *flags]) == 0
     return out
 
 
@@ -69,7 +70,8 @@ def test_the_fastest_faithful_graph_is_measured_once_and_said(mine: Path) -> Non
 def test_a_graph_that_finds_other_neighbours_runs_only_where_asked_for(mine: Path) -> None:
     set_overlap(mine, "int8", 0.97)
     bundle = Bundle.open(mine)
-    assert overlap(bundle, "int8") == 0.97
+    assert overlap(bundle, "int8", "CPUExecutionProvider") == 0.97
+    assert overlap(bundle, "int8", "CUDAExecutionProvider") is None
     assert open_runtime(bundle, "cpu", 1).variant == "fp32"
     assert not (mine / "machine.json").exists()  # nothing to choose from
     assert open_runtime(bundle, "cpu", 1, "int8").variant == "int8"
@@ -98,6 +100,23 @@ def test_a_bundle_in_a_read_only_folder_is_measured_into_the_cache(
     assert len(list((tmp_path / "cache" / "likewise").iterdir())) == 1
 
 
+def test_what_came_with_a_read_only_folder_and_what_was_measured_here_both_count(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_overlap(mine, "int8", 0.99)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = Bundle.open(mine)
+    open_runtime(bundle, "cpu", 1)
+    here = Timings.model_validate_json((mine / "machine.json").read_bytes())
+    cache = tmp_path / "cache" / "likewise" / f"{bundle.manifest.seal[:32]}.json"
+    cache.parent.mkdir(parents=True)
+    cache.write_text(here.model_dump_json())
+    (mine / "machine.json").write_text(here.model_copy(update={"machines": {"builder": []}}).model_dump_json())
+    said: list[str] = []
+    open_runtime(bundle, "cpu", 1, say=said.append)
+    assert said == [] and set(read_timings(bundle).machines) == {"builder", *here.machines}
+
+
 def test_a_graph_that_fails_its_canary_here_is_not_chosen(mine: Path) -> None:
     set_overlap(mine, "int8", 0.99)
     bundle = Bundle.open(mine)
@@ -114,13 +133,18 @@ def test_a_graph_that_fails_its_canary_here_is_not_chosen(mine: Path) -> None:
 
 def test_variants_mix_from_a_stored_overlap_on(mine: Path) -> None:
     bundle = Bundle.open(mine)
+    cpu = "CPUExecutionProvider"
     set_overlap(mine, "int8", 0.98)
-    assert mixing_refusal(bundle, "int8", {"fp32"}) is None and mixing_refusal(bundle, "fp32", {"int8"}) is None
-    assert mixing_refusal(bundle, "fp32", {"fp32"}) is None and mixing_refusal(bundle, "int8", set()) is None
+    assert mixing_refusal(bundle, f"int8/{cpu}", {f"fp32/{cpu}"}) is None
+    assert mixing_refusal(bundle, f"fp32/{cpu}", {f"int8/{cpu}", "fp32/CUDAExecutionProvider"}) is None
+    assert mixing_refusal(bundle, f"int8/{cpu}", set()) is None
+    # Another provider is another kernel: its own measurement counts.
+    assert "was not measured" in str(mixing_refusal(bundle, f"fp32/{cpu}", {"fp32/OpenVINOExecutionProvider"}))
     set_overlap(mine, "int8", 0.9799)
-    assert "neighbour overlap of int8 is 0.980" in str(mixing_refusal(bundle, "fp32", {"int8"}))
+    said = str(mixing_refusal(bundle, f"fp32/{cpu}", {f"int8/{cpu}"}))
+    assert "neighbour overlap of int8/CPUExecutionProvider is 0.980" in said
     (mine / "parity.json").unlink()
-    assert "was not measured" in str(mixing_refusal(bundle, "int8", {"fp32"}))
+    assert "was not measured" in str(mixing_refusal(bundle, f"int8/{cpu}", {f"fp32/{cpu}"}))
     assert read_parity(bundle).measurements == []
 
 
@@ -129,9 +153,16 @@ def test_a_collection_takes_one_kind_of_vectors(
 ) -> None:
     set_overlap(mine, "int8", 0.97)
     flags = ["--bundle", str(mine), "--images", str(pictures), "--out", str(tmp_path / "c"), "--device", "cpu"]
-    assert main(["index", "build", *flags, "--variant", "fp32"]) == 0
+    few = shutil.copytree(pictures, tmp_path / "few")
+    for path in sorted(few.rglob("*.png"))[:4]:
+        path.unlink()
+    started = ["--bundle", str(mine), "--images", str(few), "--out", str(tmp_path / "c"), "--device", "cpu"]
+    assert main(["index", "build", *started, "--variant", "fp32"]) == 0
+    assert main(["index", "build", *started, "--variant", "int8"]) == 0  # nothing to embed
     sentence = refused("index", "build", *flags, "--variant", "int8")
-    assert "the collection holds vectors of fp32, this encoder runs int8" in sentence and "--variant fp32" in sentence
+    assert (
+        "holds vectors of fp32/CPUExecutionProvider, this encoder is int8/" in sentence and "--variant fp32" in sentence
+    )
     set_overlap(mine, "int8", 0.99)
     assert main(["index", "build", *flags, "--variant", "int8"]) == 0
 

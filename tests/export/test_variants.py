@@ -22,10 +22,10 @@ from likewise import main
 
 
 @pytest.fixture(scope="module")
-def complete(run: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete(run: Path, bundle: Path, many_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle to which int8 and fp16 were added."""
     out = shutil.copytree(bundle, tmp_path_factory.mktemp("complete") / "bundle")
-    assert main(["export", str(run), "--out", str(out), "--variants", "int8,fp16"]) == 0
+    assert main(["export", str(run), "--out", str(out), "--variants", "int8,fp16", "--images", str(many_pictures)]) == 0
     return out
 
 
@@ -45,7 +45,8 @@ def test_variants_are_added_to_a_bundle(bundle: Path, complete: Path, pictures: 
         assert runtime.check_canary() >= after.manifest.variants[name].floor(runtime.provider)
     report = read_parity(after)
     assert {m.variant for m in report.measurements} == {"fp32", "int8", "fp16"}
-    assert all(m.pictures == 64 and m.not_finite == 0 and m.map_loss is not None for m in report.measurements)
+    assert [m.pictures for m in report.measurements] == [64, 208, 208]  # fp32 was there before
+    assert all(m.not_finite == 0 and m.map_loss is not None for m in report.measurements)
     assert all(len(m.speed) == 3 and m.speed[0].images_per_second > 0 for m in report.measurements)
     kinds = {node.op_type for node in onnx.load(str(complete / "model.int8.onnx")).graph.node}
     assert "MatMulInteger" in kinds
@@ -59,14 +60,18 @@ def test_what_is_there_already_is_not_made_again(run: Path, complete: Path, capf
 
 
 def test_a_variant_that_fails_its_gate_leaves_the_bundle_as_it_was(
-    run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
-) -> None:
+    run: Path, bundle: Path, many_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
+) -> None:  # fmt: skip
     out = shutil.copytree(bundle, tmp_path / "bundle")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     monkeypatch.setattr("export.parity.INT8_OVERLAP", 1.1)
     monkeypatch.setattr("export.parity.INT8_MAP_LOSS", -100.0)
-    sentence = refused("export", run, "--out", out, "--variants", "int8")
+    assert "64 pictures do not show whether int8" in refused("export", run, "--out", out, "--variants", "int8")
+    sentence = refused("export", run, "--out", out, "--variants", "int8", "--images", many_pictures)
     assert "stays without int8" in sentence and "finds other neighbours" in sentence
+    assert "choose another --out" in refused("export", run, "--out", out, "--opset", "23")
+    assert "choose another --out" in refused("export", run, "--out", out, "--patches")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -97,7 +102,7 @@ def test_convolutions_are_calibrated(pictures: Path, tmp_path: Path) -> None:
 
 def measured(**changed: object) -> Parity:
     fields = {
-        "variant": "int8", "provider": "CPUExecutionProvider", "machine": "m", "pictures": 100, "not_finite": 0,
+        "variant": "int8", "provider": "CPUExecutionProvider", "machine": "m", "pictures": 200, "not_finite": 0,
         "minimum_cosine": 0.999, "mean_cosine": 0.9995, "maximum_difference": 0.01, "neighbor_overlap_at_1": 0.9,
         "neighbor_overlap_at_10": 0.96, "speed": [Speed(batch=1, images_per_second=10, milliseconds=100)],
         "peak_memory_mib": None,
@@ -112,6 +117,8 @@ def test_the_gates() -> None:
         require_parity(measured(neighbor_overlap_at_10=0.9))
     with pytest.raises(RefusalError, match=r"mAP loss 1\.20 points"):
         require_parity(measured(neighbor_overlap_at_10=0.9, map_loss=1.2))
+    with pytest.raises(RefusalError, match="at least 200 are needed"):
+        require_parity(measured(pictures=199, neighbor_overlap_at_10=1.0))
     with pytest.raises(RefusalError, match="not finite"):
         require_parity(measured(not_finite=3))
     require_parity(measured(variant="fp16", minimum_cosine=0.9991))
@@ -124,6 +131,11 @@ def test_measuring_again_replaces_what_was_measured_here() -> None:
     report = ParityReport(measurements=[measured()]).with_(measured(variant="fp16")).with_(measured(mean_cosine=0.5))
     assert [(m.variant, m.mean_cosine) for m in report.measurements] == [("fp16", 0.9995), ("int8", 0.5)]
     assert "fp16" in table(report) and "0.960" in table(report)
+    assert report.with_(measured(pictures=20, mean_cosine=0.1)) == ParityReport(
+        measurements=[report.measurements[0], measured(pictures=20, mean_cosine=0.1)]
+    )
+    well = ParityReport(measurements=[measured(pictures=1000)])
+    assert well.with_(measured(pictures=300)) == well
 
 
 def test_mean_average_precision_by_hand() -> None:

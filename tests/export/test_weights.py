@@ -51,6 +51,9 @@ def layouts(mine: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
             "arch": "vit",
         },
         "Lightning": {"state_dict": both, "pytorch-lightning_version": "2.5", "global_step": 1},
+        "MoCo v2": {"state_dict": {**prefixed(other, "module.encoder_q."), **prefixed(mine, "module.encoder_k.")}},
+        "solo-learn": {"state_dict": {**prefixed(other, "backbone."), **prefixed(mine, "momentum_backbone.")}},
+        "averaged beside the model": {"state_dict": {**prefixed(other, "model."), **prefixed(mine, "model_ema.module.")}},
         "compiled": prefixed(mine, "_orig_mod.model."),
     }  # fmt: skip
 

@@ -144,7 +144,7 @@ def test_vectors_of_a_variant_that_finds_other_neighbours_are_refused(
     monkeypatch.setattr(running.server.engine.encoder.runtime, "variant", "int8")
     error = refusal(lambda: client.upsert("shapes", [NewItem("a", image=picture)]))
     assert (error.code, error.reason) == ("FAILED_PRECONDITION", "VARIANT_MISMATCH")
-    assert "the collection holds vectors of fp32, this encoder runs int8" in str(error)
+    assert "the collection holds vectors of fp32/CPUExecutionProvider, this encoder is int8/" in str(error)
     assert isinstance(client.upsert("shapes", [NewItem("b", vector=vector)])[0], int)  # a client's own vector
 
 
