@@ -260,21 +260,6 @@ def test_the_space_is_that_of_weights_and_output(pictures: Path, tmp_path: Path)
     assert len(spaces) == 4
 
 
-def test_weights_of_half_precision_are_the_same_weights(pictures: Path, tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    model = timm.create_model("resnet10t", num_classes=0).half()
-    spaces = set()
-    for name, kind in (("half", torch.float16), ("full", torch.float32)):
-        state = {
-            key: value.to(kind) if value.is_floating_point() else value for key, value in model.state_dict().items()
-        }
-        save_file(state, tmp_path / f"{name}.safetensors")
-        flags = ["--model", "resnet10t", "--image-size", "64", "--images", str(pictures)]
-        assert main(["export", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / name), *flags]) == 0
-        spaces.add(Bundle.open(tmp_path / name).space_id)
-    assert len(spaces) == 1
-
-
 def test_dinov3_has_a_class_token() -> None:
     encoder = timm.create_model("vit_small_patch16_dinov3", num_classes=0, img_size=32, depth=1)
     assert has_class_token(encoder)

@@ -76,6 +76,15 @@ def test_convolutional_encoders_and_safetensors(tmp_path: Path) -> None:
     assert found.keys() == model.state_dict().keys()
 
 
+def test_weights_of_half_precision_are_the_same_weights(tmp_path: Path) -> None:
+    state = {name: value.to(torch.bfloat16) for name, value in vit().state_dict().items()}
+    save_file(state, tmp_path / "half.safetensors")
+    torch.save({name: nn.Parameter(value.float()) for name, value in state.items()}, tmp_path / "full.pth")
+    half, full = read_state(tmp_path / "half.safetensors"), read_state(tmp_path / "full.pth")
+    assert all(half[name].dtype == torch.float32 and not full[name].requires_grad for name in state)
+    assert all(torch.equal(half[name], full[name]) for name in state)
+
+
 def test_position_embeddings_are_resized(tmp_path: Path) -> None:
     small, large = vit(), vit(img_size=64)
     found = fit_state(small.state_dict(), large, "it", "do this")

@@ -82,7 +82,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone: Path, pictures: P
 
 def test_shards_are_the_whole_and_go_on_without(alone: Path, pictures: Path, tmp_path: Path) -> None:
     """FSDP2 with a frozen backbone at first, and gradients summed over two parts; its checkpoint is an ordinary one."""
-    flags = [str(pictures), *FLAGS, "--init", str(alone), "--head-steps", "3"]
+    flags = [str(pictures), *FLAGS, "--init", str(alone), "--head-steps", "3", "--steps", "9"]
     plain, sharded = tmp_path / "plain", tmp_path / "sharded"
     assert main(["train", "--out", str(plain), *flags]) == 0
     torchrun("train", "--out", str(sharded), "--shard", "--accumulate", "2", *flags)
