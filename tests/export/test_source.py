@@ -267,6 +267,7 @@ def test_dinov3_has_a_class_token() -> None:
         build_encoder(EncoderSpec(model="beit_base_patch16_224", kwargs={"depth": 1}, image_size=224, embedding_dim=1))
 
 
+@pytest.mark.slow
 def test_safetensors_of_a_timm_model(pictures: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     state = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32).state_dict()

@@ -106,6 +106,7 @@ def test_a_stopped_run_continues_bit_identically(pictures: Path, tmp_path: Path,
     assert steps[0] == steps[1] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_three_sigkills_lose_nothing(pictures: Path, tmp_path: Path) -> None:
     flags = ["--steps", "40", "--checkpoint-minutes", "0.00001", *TINY]
     assert main(["train", str(pictures), "--out", str(tmp_path / "whole"), *flags]) == 0
