@@ -106,8 +106,7 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 def _inspect(asked: Export, model: onnx.ModelProto) -> _Shape:
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
+    inputs = _inputs(model)
     if len(inputs) != 1:
         raise RefusalError(
             f"{asked.source} takes {len(inputs)} inputs ({', '.join(v.name for v in inputs)}), an image encoder takes one: "
@@ -148,9 +147,14 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | str]:
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
-def _fixed_batch(model: onnx.ModelProto) -> bool:
+def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What a caller gives: old exporters list the weights as inputs, too."""
     weights = {tensor.name for tensor in model.graph.initializer}
-    (given,) = [value for value in model.graph.input if value.name not in weights]
+    return [value for value in model.graph.input if value.name not in weights]
+
+
+def _fixed_batch(model: onnx.ModelProto) -> bool:
+    (given,) = _inputs(model)
     return _dims(given)[0] == 1
 
 

@@ -12,8 +12,6 @@ from typing import Any
 import timm
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
-from torch import Tensor
 
 from export.bundle import (
     Embeddings,
@@ -38,7 +36,7 @@ from export.onnx_graph import (
     write_graph,
 )
 from export.preprocess import Pixels, PreprocessSpec
-from export.weights import fit_state, read_state
+from export.weights import fit_state, read_run_weights, read_state
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -104,7 +102,7 @@ def _open_run(asked: Export, console: Console) -> Source:
     if given:
         raise RefusalError(f"{asked.source} is a run, which knows its network: leave out {' and '.join(given)}")
     file, run = _choose_weights(asked, run, console)
-    state = _checked(file, run)
+    state = read_run_weights(file, run)
     spec = run.encoder.model_copy(update={"pooling": asked.pooling or run.encoder.pooling})
     provenance = {
         "kind": "run", "method": run.method, "seed": run.seed, "steps_done": run.steps_done,
@@ -218,20 +216,3 @@ def _choose_weights(asked: Export, run: RunManifest, console: Console) -> tuple[
     # No step of the run is in them.
     changed = {"weights_sha256": run.initial_sha256, "steps_done": 0, "method": "none (initial weights)"}
     return asked.source / "initial.safetensors", run.model_copy(update=changed)
-
-
-def _checked(path: Path, run: RunManifest) -> dict[str, Tensor]:
-    """A run's weights, compared with their digest."""
-    if not path.is_file():
-        raise RefusalError(f"{path} is missing: resume the run so that it writes its encoder")
-    try:
-        state: dict[str, Tensor] = load_file(path)
-    except Exception as e:  # safetensors raises a type of its own
-        raise RefusalError(f"{path} cannot be read as weights ({e}): resume the run so that it writes it again") from e
-    found = tensors_sha256({name: value.numpy() for name, value in state.items()})
-    if found != run.weights_sha256:
-        raise RefusalError(
-            f"{path} has weights {found[:12]}…, run.json says {run.weights_sha256[:12]}…: the run was interrupted while "
-            "saving; continue it with --resume"
-        )
-    return state

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from export.bundle import RefusalError
+from export.bundle import RefusalError, RunManifest, tensors_sha256
 
 # Where training codes keep the encoder, best first: the moving average before the network that it averages.
 _WRAPPERS = (
@@ -70,6 +70,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return unwrapped(
         {name: value.detach().float() if value.is_floating_point() else value.detach() for name, value in state.items()}
     )
+
+
+def read_run_weights(path: Path, run: RunManifest) -> dict[str, Tensor]:
+    """A weight file of a run, compared with the digest in its run.json. Raises `RefusalError`."""
+    if not path.is_file():
+        raise RefusalError(f"{path} is missing: resume the run so that it writes its encoder")
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except Exception as e:  # safetensors raises a type of its own
+        raise RefusalError(f"{path} cannot be read as weights ({e}): resume the run so that it writes it again") from e
+    found = tensors_sha256({name: value.numpy() for name, value in state.items()})
+    if found != run.weights_sha256:
+        raise RefusalError(
+            f"{path} has weights {found[:12]}…, run.json says {run.weights_sha256[:12]}…: the run was interrupted while "
+            "saving; continue it with --resume"
+        )
+    return state
 
 
 def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -56,10 +56,9 @@ def train(asked: Train) -> int:
         try:
             trainer = Trainer(recipe, reasons, cache, asked, hardware, console)
             return print_plan(trainer, whole) if asked.plan else trainer.fit()
-        except (torch.OutOfMemoryError, MemoryError) as e:
-            raise RefusalError(out_of_memory(recipe, asked.accumulate, str(e))) from e
-        except RuntimeError as e:
-            if "can't allocate memory" not in str(e):  # torch's words on a CPU
+        except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
+            known = isinstance(e, MemoryError | torch.OutOfMemoryError)
+            if not known and "can't allocate memory" not in str(e):  # torch's words on a CPU
                 raise
             raise RefusalError(out_of_memory(recipe, asked.accumulate, str(e))) from e
 

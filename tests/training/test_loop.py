@@ -220,15 +220,27 @@ def test_the_offending_step_is_kept(pictures: Path, tmp_path: Path, monkeypatch:
     assert checkpoint(out)["step"] == 0  # logged every 20 steps only, and yet what the sixth began with is kept
 
 
+def poison_gradient(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make a gradient of one step infinite; its loss stays finite."""
+    backward = Learner._backward
+
+    def poisoned(self: Learner, parts: Any, groups: Any, now: Any, generator: Any) -> Any:
+        found = backward(self, parts, groups, now, generator)
+        if now.step == step:
+            grad = self.student.head.mlp[0].weight.grad
+            assert grad is not None
+            grad[0, 0] = math.inf
+        return found
+
+    monkeypatch.setattr(Learner, "_backward", poisoned)
+
+
 def test_a_bad_gradient_ends_a_run_that_does_not_wait_for_its_device(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     """As on a GPU: nothing is looked at in the step; no later step updates the student, and the next log line says so."""
-    from training.learner import Learner
-
     seen: dict[int, Any] = {}
     step = Learner.step
-    backward = Learner._backward
 
     def watched(self: Learner, batch: Any, number: int) -> Any:
         self.checks_at_once = False
@@ -236,16 +248,8 @@ def test_a_bad_gradient_ends_a_run_that_does_not_wait_for_its_device(
         seen[number] = {name: value.clone() for name, value in self.student.state_dict().items()}
         return terms
 
-    def poisoned(self: Learner, parts: Any, groups: Any, now: Any, generator: Any) -> Any:
-        found = backward(self, parts, groups, now, generator)
-        if now.step == 2:
-            grad = self.student.head.mlp[0].weight.grad
-            assert grad is not None
-            grad[0, 0] = math.inf
-        return found
-
     monkeypatch.setattr(Learner, "step", watched)
-    monkeypatch.setattr(Learner, "_backward", poisoned)
+    poison_gradient(monkeypatch, 2)
     sentence = refused("train", pictures, "--out", tmp_path / "r", "--steps", "2000", *TINY)
     assert "a gradient is not finite at step 2" in sentence
     assert not same(seen[0], seen[1]) and same(seen[1], seen[2]) and same(seen[2], seen[max(seen)])
@@ -364,19 +368,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     """The loss is finite, a gradient is not: the weights would be lost with the update."""
-    from training.learner import Learner
-
-    backward = Learner._backward
-
-    def poisoned(self: Learner, parts: Any, groups: Any, now: Any, generator: Any) -> Any:
-        found = backward(self, parts, groups, now, generator)
-        if now.step == 2:
-            grad = self.student.head.mlp[0].weight.grad
-            assert grad is not None
-            grad[0, 0] = math.inf
-        return found
-
-    monkeypatch.setattr(Learner, "_backward", poisoned)
+    poison_gradient(monkeypatch, 2)
     sentence = refused("train", pictures, "--out", tmp_path / "r", "--steps", "5", *TINY)
     assert "a gradient is not finite at step 2" in sentence
     kept = torch.load(tmp_path / "r" / "offending-step.pt", weights_only=True)

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from export.bundle import (
@@ -21,10 +20,9 @@ from export.bundle import (
     read_run,
     sha256_file,
     sha256_json,
-    tensors_sha256,
 )
 from export.preprocess import Pixels, PreprocessSpec
-from export.weights import fit_state, read_state
+from export.weights import fit_state, read_run_weights, read_state
 from training.encoder import VisionTransformer, build_vit, native_sizes, reset_linear_layers
 from training.evaluate.config import Evaluate
 from training.evaluate.features import Extractor
@@ -134,19 +132,7 @@ def _open_bundle(folder: Path, asked: Evaluate, threads: int) -> Encoder:
 def _open_run(folder: Path, asked: Evaluate, device: torch.device) -> Encoder:
     run = read_run(folder)
     spec = run.encoder
-    path = folder / "encoder.safetensors"
-    if not path.is_file():
-        raise RefusalError(f"{path} is missing: resume the run so that it writes its encoder")
-    try:
-        state = load_file(path)
-    except Exception as e:  # safetensors raises a type of its own
-        raise RefusalError(f"{path} cannot be read as weights ({e}): resume the run so that it writes it again") from e
-    found = tensors_sha256({name: value.numpy() for name, value in state.items()})
-    if found != run.weights_sha256:
-        raise RefusalError(
-            f"{path} has weights {found[:12]}…, run.json says {run.weights_sha256[:12]}…: the run was interrupted while "
-            "saving; continue it with --resume"
-        )
+    state = read_run_weights(folder / "encoder.safetensors", run)
 
     def build() -> VisionTransformer:
         return build_vit(spec.model, spec.kwargs, spec.image_size)
@@ -158,8 +144,8 @@ def _open_run(folder: Path, asked: Evaluate, device: torch.device) -> Encoder:
              "steps_done": run.steps_done, "weights_sha256": run.weights_sha256,
              "views": run.config.get("views")}  # fmt: skip
     standard = run.config.get("weight_init") == "default"
-    return _network_encoder("run", folder, vit, build, standard, (spec.mean, spec.std), found, prepared, about, asked,
-                            device)  # fmt: skip
+    return _network_encoder("run", folder, vit, build, standard, (spec.mean, spec.std), run.weights_sha256, prepared,
+                            about, asked, device)  # fmt: skip
 
 
 def _open_weights(path: Path, asked: Evaluate, device: torch.device) -> Encoder:
