@@ -25,9 +25,10 @@ import numpy as np
 
 from benchmarks.record import cpu_name, finish
 from export.bundle import Bundle, Embeddings
+from export.machine import cpu_quota
 from export.parity import neighbor_overlap
 from export.preprocess import Pixels
-from export.runtime import Runtime, cpu_quota, offered
+from export.runtime import Runtime, offered
 from export.sample import read_sample
 from likewise import main as likewise
 from tests.shapes import write_shapes

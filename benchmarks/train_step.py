@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import cpu_name, finish
-from export.runtime import cpu_quota
+from export.machine import cpu_quota
 from training.config import Hardware, Train
 from training.learner import Learner, Speed
 from training.loader import Batch

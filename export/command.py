@@ -24,7 +24,8 @@ from export.config import Export
 from export.onnx_graph import OPSET_REASONS, minimum_onnxruntime
 from export.parity import Parity, ParityReport, measure_parity, read_parity, require_parity, table
 from export.preprocess import PreprocessSpec, preprocess
-from export.runtime import OPENVINO, Runtime
+from export.providers import CPU, ON_GPU, OPENVINO
+from export.runtime import Runtime
 from export.sample import CANARIES, Sample, read_sample
 from export.source import Source, open_source
 
@@ -32,7 +33,7 @@ from export.source import Source, open_source
 CANARY_MIN_COSINE = {"*": 0.9999, OPENVINO: 0.999}  # OpenVINO computes in bfloat16 where the processor has it
 CANARY_FLOORS = {"fp16": 0.999, "int8": 0.99}  # or lower, where the graph itself is
 # int8 is slower than fp32 on GPUs, fp16 on CPUs.
-PROVIDERS = {"fp16": ["CUDAExecutionProvider", "TensorrtExecutionProvider"], "int8": ["CPUExecutionProvider"]}
+PROVIDERS = {"fp16": [*ON_GPU], "int8": [CPU]}
 
 
 def export(asked: Export) -> Bundle:

@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError
 
 from export.bundle import Bundle, Contract, Embeddings, RefusalError
 from export.preprocess import Pixels
-from export.runtime import BUCKETS, Runtime
+from export.providers import BUCKETS
+from export.runtime import Runtime
 
 BATCHES = (1, 3, BUCKETS[-1])
 MIN_COSINE = {"fp32": 0.99999, "fp16": 0.999}

@@ -3,14 +3,16 @@ same session (`export/quantise.py` uses its converters)."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib
-import os
-import platform
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,52 +20,19 @@ import numpy as np
 import onnxruntime as ort
 
 from export.bundle import Bundle, Embeddings, RefusalError
+from export.machine import cache_folder, cpu_model, cpu_quota, gpu_model
 from export.preprocess import Pixels, preprocess
+from export.providers import BUCKETS, CPU, CUDA, ON_GPU, OPENVINO, TENSORRT, GpuOptions, session_providers
 
 Device = Literal["auto", "cpu", "cuda"]
-# On a GPU, batches are padded to these sizes: a bounded set of shapes keeps the memory arena flat.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-CUDA = "CUDAExecutionProvider"
-OPENVINO = "OpenVINOExecutionProvider"
-_ON_GPU = (CUDA, "TensorrtExecutionProvider")
-
-
-def cpu_quota() -> int:
-    """Cores this process may use: its affinity, cut by the container's CPU quota (cgroup v2 or v1)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    for quota_file, period_file in (
-        ("/sys/fs/cgroup/cpu.max", None),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-    ):
-        try:
-            fields = Path(quota_file).read_text().split()
-            quota = fields[0]
-            period = fields[1] if period_file is None else Path(period_file).read_text().strip()
-            if quota not in ("max", "-1"):
-                cores = min(cores, max(1, -(-int(quota) // int(period))))
-        except (OSError, ValueError, IndexError):
-            continue
-    return cores
-
-
-def cpu_model() -> str:
-    """The processor as the kernel names it, with the instructions that decide speed."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
-    known = flags[1].split() if flags else []
-    kinds = [kind for kind, flag in (("AMX", "amx_tile"), ("AVX-512", "avx512f"), ("AVX2", "avx2")) if flag in known]
-    return f"{name[1] if name else platform.machine()} ({kinds[0] if kinds else 'no AVX2'})"
 
 
 def runtime_name(device: Device, threads: int | None = None) -> str:
-    """Processor or GPU provider, threads and runtime: what a measurement holds for."""
-    first = offered(device)[0]
-    processor = first if first in _ON_GPU else cpu_model()
-    return f"{processor}, {threads or cpu_quota()} threads, onnxruntime {ort.__version__}"
+    """Processor or GPU, threads, runtime and plugin: what a measurement holds for."""
+    providers = offered(device)
+    processor = gpu_model() if providers[0] in ON_GPU else cpu_model()
+    plugin = f", OpenVINO plugin {_openvino_version()}" if OPENVINO in providers else ""
+    return f"{processor}, {threads or cpu_quota()} threads, onnxruntime {ort.__version__}{plugin}"
 
 
 def offered(device: Device) -> list[str]:
@@ -71,13 +40,13 @@ def offered(device: Device) -> list[str]:
     if device != "cpu":
         available = ort.get_available_providers()
         if CUDA in available and (device == "cuda" or Path("/dev/nvidiactl").exists()):
-            return [CUDA]
+            return [CUDA, *([TENSORRT] if TENSORRT in available and _load_tensorrt() else [])]
         if device == "cuda":
             raise RefusalError(
                 "--device cuda was asked for, but this onnxruntime has no CUDA provider: pip install 'likewise[gpu]' "
                 "in an environment without likewise[cpu]"
             )
-    return ["CPUExecutionProvider", *([OPENVINO] if _openvino_devices() else [])]
+    return [CPU, *([OPENVINO] if _openvino_devices() else [])]
 
 
 class Runtime:
@@ -88,10 +57,11 @@ class Runtime:
 
     def __init__(
         self, bundle: Bundle, device: Device = "auto", threads: int | None = None, variant: str = "fp32",
-        provider: str | None = None, require_provider: bool = False,
+        provider: str | None = None, require_provider: bool = False, gpu: GpuOptions = GpuOptions(),
     ) -> None:  # fmt: skip
-        """Load the graph and check the canary. `provider`: one of `offered(device)`, the first where absent. With
-        `require_provider` all of it must run there. Raises `RefusalError` when this machine cannot run it faithfully."""
+        """Load the graph, check the canary, and on a GPU run every batch size once. `provider`: one of `offered(device)`,
+        the first where absent. With `require_provider` all of it must run there. Raises `RefusalError` when this machine
+        cannot run it faithfully."""
         path = bundle.graph(variant)
         needed, found = bundle.manifest.variants[variant].minimum_onnxruntime, ort.__version__
         if _version(found) < _version(needed):
@@ -104,7 +74,9 @@ class Runtime:
         self.threads = threads or cpu_quota()
         asked_for = provider or offered(device)[0]
         self.provider_reason = _reason(device, asked_for)
-        if asked_for in _ON_GPU and hasattr(ort, "preload_dlls"):
+        if gpu.graphs and asked_for != CUDA:
+            raise RefusalError(f"--cuda-graphs needs {CUDA}, and {asked_for} is what runs here: leave it out")
+        if asked_for in ON_GPU and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # without torch beside it, nothing else finds the CUDA libraries that pip installed
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -112,14 +84,19 @@ class Runtime:
         options.log_severity_level = 3
         # Idle spinning steals the cores that decode the next batch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if asked_for != "CPUExecutionProvider":
+        if asked_for != CPU:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        size = bundle.manifest.encoder.image_size
         try:
             if asked_for == OPENVINO:
                 options.add_provider_for_devices(_openvino_devices(), {})
                 self._session = ort.InferenceSession(str(path), options)
             else:
-                self._session = ort.InferenceSession(str(path), options, providers=_with_options(asked_for))
+                engines = cache_folder() / "tensorrt" / bundle.manifest.files[path.name].sha256[:32]
+                if asked_for == TENSORRT:
+                    engines.mkdir(parents=True, exist_ok=True)
+                providers = session_providers(asked_for, size, gpu, engines)
+                self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as e:  # onnxruntime raises its own pybind types
             raise RefusalError(f"{path} cannot be loaded by onnxruntime {found} ({e})") from e
         self.provider: str = self._session.get_providers()[0]
@@ -130,7 +107,7 @@ class Runtime:
             )
         if self.provider != asked_for:
             self.provider_reason = f"{asked_for} did not load: check the driver"
-        elif asked_for != "CPUExecutionProvider" and hasattr(self._session, "get_provider_graph_assignment_info"):
+        elif asked_for != CPU and hasattr(self._session, "get_provider_graph_assignment_info"):
             placed = [(part.ep_name, node.op_type) for part in self._session.get_provider_graph_assignment_info()
                       for node in part.get_nodes()]  # fmt: skip
             elsewhere = misplaced(placed, asked_for)
@@ -146,20 +123,23 @@ class Runtime:
                 f"{path} was loaded on {self.provider}, {asked_for} did not load: check the driver, or leave "
                 "--require-provider out"
             )
-        self._pads = self.provider in _ON_GPU
+        self._pads = self.provider in ON_GPU
+        self._batches: dict[int, FixedBatch] | None = {} if gpu.graphs and self.provider == CUDA else None
         graph_input = self._session.get_inputs()[0]
-        size = bundle.manifest.encoder.image_size
         if graph_input.type != "tensor(uint8)" or list(graph_input.shape[1:]) != [size, size, 3]:
             raise RefusalError(
                 f"{path} takes {graph_input.type} {graph_input.shape}, the manifest says uint8 "
                 f"[batch, {size}, {size}, 3]: export it again"
             )
         self.check_canary()
+        if self._pads:  # the largest first, so that the arena grows once; whoever waits, waits before "ready"
+            for batch in reversed(BUCKETS):
+                self.embed(np.zeros((batch, size, size, 3), np.uint8))
 
     @property
     def machine(self) -> str:
         """Processor, threads and runtime: what a measurement holds for."""
-        return runtime_name("cuda" if self.provider in _ON_GPU else "cpu", self.threads)
+        return runtime_name("cuda" if self.provider in ON_GPU else "cpu", self.threads)
 
     def embed(self, images: Pixels) -> Embeddings:
         """uint8 [N, H, W, 3] → float32 [N, D], unit rows. Thread-safe. N = 0 gives an empty array."""
@@ -172,7 +152,12 @@ class Runtime:
         if self._pads:
             bucket = next(size for size in BUCKETS if size >= count)
             images = np.concatenate([images, np.zeros((bucket - count, *images.shape[1:]), np.uint8)])
-        (rows,) = self._session.run(["embedding"], {"images": np.ascontiguousarray(images)})
+        images = np.ascontiguousarray(images)
+        if self._batches is not None:
+            if len(images) not in self._batches:
+                self._batches.setdefault(len(images), FixedBatch(self._session, images.shape, self.bundle.dim, "cuda"))
+            return self._batches[len(images)].embed(images)[:count]
+        (rows,) = self._session.run(["embedding"], {"images": images})
         result: Embeddings = rows[:count]
         return result
 
@@ -192,6 +177,30 @@ class Runtime:
                 f"expected one on {self.provider}, at least {floor} is needed: do not serve it here; try --device cpu"
             )
         return lowest
+
+
+class FixedBatch:
+    """Buffers of one batch size that stay where they are: a CUDA graph, captured at the first run, reads and writes them."""
+
+    def __init__(self, session: ort.InferenceSession, shape: Sequence[int], dim: int, place: str) -> None:
+        """For images uint8 `shape` [N, H, W, 3] and rows [N, `dim`], on the device `place`."""
+        self._session = session
+        self._lock = threading.Lock()
+        self._images = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.uint8, place, 0)
+        self._rows = ort.OrtValue.ortvalue_from_shape_and_type([shape[0], dim], np.float32, place, 0)
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input("images", self._images)
+        self._binding.bind_ortvalue_output("embedding", self._rows)
+        self._options = ort.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(shape[0]))  # one graph per batch size; 0 is reserved
+
+    def embed(self, images: Pixels) -> Embeddings:
+        """uint8 [N, H, W, 3] of the one shape → float32 [N, D]. Thread-safe."""
+        with self._lock:
+            self._images.update_inplace(images)
+            self._session.run_with_iobinding(self._binding, self._options)
+            rows: Embeddings = np.array(self._rows.numpy())
+            return rows
 
 
 # What ONNX Runtime computes on the CPU on purpose beside a GPU: the arithmetic of shapes.
@@ -217,7 +226,7 @@ def open_graph(path: Path) -> Callable[[dict[str, Any], str], Any]:
     options.intra_op_num_threads = cpu_quota()
     options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=[CPU])
     except Exception as e:  # onnxruntime raises its own pybind types
         raise RefusalError(f"{path} cannot be loaded by onnxruntime {ort.__version__} ({e})") from e
     return lambda inputs, output: session.run([output], inputs)[0]
@@ -237,13 +246,6 @@ def canary_pixels(bundle: Bundle) -> Pixels:
             )
         rows.append(pixels)
     return np.stack(rows)
-
-
-def _with_options(provider: str) -> Sequence[str | tuple[str, dict[str, Any]]]:
-    if provider == CUDA:
-        own = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
-        return [(CUDA, own), "CPUExecutionProvider"]
-    return [provider]
 
 
 def _reason(device: Device, provider: str) -> str:
@@ -270,6 +272,28 @@ def _openvino_devices() -> list[Any]:
         ) from e
     kind = ort.OrtHardwareDeviceType.CPU
     return [d for d in ort.get_ep_devices() if d.ep_name == OPENVINO and d.device.type == kind]
+
+
+def _openvino_version() -> str:
+    return version("onnxruntime-ep-openvino")
+
+
+@functools.cache
+def _load_tensorrt() -> bool:
+    """Load TensorRT 10's libraries where pip installed them (PyPI tensorrt-cu13-libs<11): nothing else makes them found."""
+    spec = find_spec("tensorrt_libs")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    folder = Path(spec.submodule_search_locations[0])
+    try:
+        for name in ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10"):
+            ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+    except OSError as e:
+        raise RefusalError(
+            f"tensorrt_libs is installed, but does not load ({e}): onnxruntime {ort.__version__} needs TensorRT 10, "
+            "pip install 'tensorrt-cu13-libs<11', or uninstall it"
+        ) from e
+    return True
 
 
 def _version(text: str) -> tuple[int, ...]:

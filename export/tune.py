@@ -3,7 +3,6 @@ kept beside the bundle, and said."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +10,14 @@ import numpy as np
 from pydantic import ValidationError
 
 from export.bundle import Bundle, Contract, RefusalError, write_file
+from export.machine import cache_folder
 from export.parity import GATE_PICTURES, measure_speed, read_parity
+from export.providers import CPU, CUDA, GpuOptions
 from export.runtime import Device, Runtime, offered, runtime_name
 
 MIN_OVERLAP = 0.98
 """Vectors of two variants are one collection's, and a faster variant takes fp32's place, from this stored overlap@10 on."""
-FLOAT32 = ("CPUExecutionProvider", "CUDAExecutionProvider")  # OpenVINO chooses bfloat16 where the processor has it
+FLOAT32 = (CPU, CUDA)  # OpenVINO chooses bfloat16 where the processor has it, TensorRT 19-bit floats
 BATCH = 8
 SECONDS = 0.4  # per candidate
 
@@ -48,6 +49,7 @@ class Timings(Contract):
 def open_runtime(
     bundle: Bundle, device: Device = "auto", threads: int | None = None, variant: str = "auto",
     say: Callable[[str], None] = lambda _: None, require_provider: bool = False,
+    gpu: GpuOptions = GpuOptions(),
 ) -> Runtime:  # fmt: skip
     """The fastest faithful runtime of a bundle on this machine; or of one variant, where asked for. Raises `RefusalError`.
 
@@ -58,13 +60,14 @@ def open_runtime(
     if not candidates:  # asked for against its purpose: it runs, slowly
         candidates = [(variant, provider) for provider in offered(device)]
     if len(candidates) == 1:
-        return Runtime(bundle, device, threads, *candidates[0], require_provider)
-    machine = f"{runtime_name(device, threads)}{'' if variant == 'auto' else f', {variant}'}"
+        return Runtime(bundle, device, threads, *candidates[0], require_provider, gpu)
+    asked = [*([] if variant == "auto" else [variant]), *(["CUDA graphs"] if gpu.graphs else [])]
+    machine = ", ".join([runtime_name(device, threads), *asked])
     kept = read_timings(bundle)
     timings = kept.machines.get(machine, [])
     if {(t.variant, t.provider) for t in timings} != set(candidates):
         say(f"measuring {len(candidates)} configurations once on {machine}")
-        timings = [_time(bundle, device, threads, *candidate) for candidate in candidates]
+        timings = [_time(bundle, device, threads, *candidate, gpu) for candidate in candidates]
         _write(bundle, Timings(seal=bundle.manifest.seal, machines={**kept.machines, machine: timings}))
         for timing in timings:
             result = timing.refused or f"{timing.images_per_second:,.1f} images/s"
@@ -73,12 +76,12 @@ def open_runtime(
     if not best.images_per_second:
         raise RefusalError(best.refused)
     try:
-        runtime = Runtime(bundle, device, threads, best.variant, best.provider, require_provider)
+        runtime = Runtime(bundle, device, threads, best.variant, best.provider, require_provider, gpu)
     except RefusalError as e:  # since it was measured, something was upgraded or broke
         if require_provider:
             raise
         say(f"{best.variant} on {best.provider} does not run any more, fp32 does: {e}")
-        runtime = Runtime(bundle, device, threads)
+        runtime = Runtime(bundle, device, threads, gpu=gpu)
     others = ", ".join(
         f"{t.variant} on {t.provider} {t.images_per_second:,.1f}" for t in timings if t != best and not t.refused
     )
@@ -125,9 +128,9 @@ def _eligible(bundle: Bundle, provider: str, variant: str) -> list[str]:
     return found
 
 
-def _time(bundle: Bundle, device: Device, threads: int | None, variant: str, provider: str) -> Timing:
+def _time(bundle: Bundle, device: Device, threads: int | None, variant: str, provider: str, gpu: GpuOptions) -> Timing:
     try:
-        runtime = Runtime(bundle, device, threads, variant, provider)
+        runtime = Runtime(bundle, device, threads, variant, provider, gpu=gpu)
     except RefusalError as e:
         return Timing(variant=variant, provider=provider, images_per_second=0.0, refused=str(e))
     size = bundle.manifest.encoder.image_size
@@ -140,8 +143,7 @@ def _time(bundle: Bundle, device: Device, threads: int | None, variant: str, pro
 
 def _places(bundle: Bundle) -> list[Path]:
     """Beside the bundle, or where that cannot be written in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "likewise"
-    return [bundle.folder / "machine.json", cache / f"{bundle.manifest.seal[:32]}.json"]
+    return [bundle.folder / "machine.json", cache_folder() / f"{bundle.manifest.seal[:32]}.json"]
 
 
 def read_timings(bundle: Bundle) -> Timings:

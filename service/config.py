@@ -26,6 +26,11 @@ class Embedding(BaseModel):
     """Refuse to start where the graph, or one of its operators, would run elsewhere than on the device's provider."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; the process's quota where absent."""
+    gpu_memory: float | None = Field(None, gt=0)
+    """Most GPU memory for ONNX Runtime's arena, in GiB (and for TensorRT's workspace as much again); what batches need
+    where absent."""
+    cuda_graphs: bool = False
+    """Capture a CUDA graph per batch size and replay it: less time between small batches on a GPU."""
     limits: DecodeLimits = DecodeLimits()
     """What pictures are accepted."""
 

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from export.bundle import Bundle, Embeddings
+from export.machine import cpu_quota
 from export.preprocess import PictureFile, Pixels, UnreadablePictureError, preprocess
-from export.runtime import cpu_quota
+from export.providers import GpuOptions
 from export.tune import mixing_refusal, open_runtime
 from service.config import Embedding
 
@@ -36,7 +37,10 @@ class Encoder:
         """Loads the graph and checks its canary; `say` hears what is measured. Raises `RefusalError`."""
         self.bundle = bundle
         self.limits = asked.limits
-        self.runtime = open_runtime(bundle, asked.device, asked.threads, asked.variant, say, asked.require_provider)
+        gpu = GpuOptions(asked.gpu_memory, asked.cuda_graphs)
+        self.runtime = open_runtime(
+            bundle, asked.device, asked.threads, asked.variant, say, asked.require_provider, gpu
+        )
         self.decoders = ThreadPoolExecutor(asked.threads or cpu_quota(), thread_name_prefix="decode")
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTRACT = {"export.bundle", "export.preprocess", "export.runtime", "export.tune"}
+CONTRACT = {f"export.{name}" for name in ("bundle", "machine", "preprocess", "providers", "runtime", "tune")}
 ALLOWED = {
     "training": CONTRACT | {"export.weights"},
     "export": set(),

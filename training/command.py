@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from export.bundle import RefusalError, make_folder, printable, read_run, write_unreadable
-from export.runtime import cpu_quota
+from export.machine import cpu_quota
 from training.cache import PictureCache, build_cache
 from training.checkpoint import NAME as CHECKPOINT
 from training.config import Hardware, Train

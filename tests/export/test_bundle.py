@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from export.bundle import Bundle, BundleManifest, Embeddings, RefusalError, make_space_id, read_run, tensors_sha256
+from export.machine import cpu_quota
 from export.onnx_graph import EmbeddingGraph, load_encoder
 from export.parity import ParityReport, measure_parity, neighbor_overlap, require_parity
 from export.preprocess import Pixels, find_pictures, preprocess
-from export.runtime import Runtime, cpu_quota
+from export.runtime import Runtime
 from likewise import main
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from export.bundle import RefusalError, make_folder, printable, write_file, write_unreadable
-from export.runtime import cpu_quota
+from export.machine import cpu_quota
 from training.evaluate import plots
 from training.evaluate.config import Evaluate, Task
 from training.evaluate.encoders import open_source, renamed
