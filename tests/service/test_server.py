@@ -27,55 +27,20 @@ from likewise import main
 from service.batching import Batcher
 from service.client import CallError, Client, NewItem
 from service.collection import Collection
-from service.config import Serve
 from service.errors import ExpiredError, InternalError
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
-from service.server import SERVICES, Server
+from service.server import SERVICES
 from service.sheet import picture_of
 from tests.conftest import encode, noise
+from tests.service.running import Running
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = {
-            "port": 0,
-            "metrics_port": 0,
-            "threads": 1,
-            "check_seconds": 0.3,
-            "grace_seconds": 3,
-            **settings,
-        }
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
-        self._thread.start()
-        assert self._started.wait(30)
-        self.address = f"127.0.0.1:{self.server.port}"
-
-    async def _main(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
-        try:
-            self.server = Server(Serve(**self.settings))
-            await self.server.start()
-        finally:
-            self._started.set()
-        await self._stop.wait()
-        await self.server.stop()
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
-        assert not self._thread.is_alive()
 
 
 @pytest.fixture(scope="module")
