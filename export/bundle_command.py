@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,9 +141,18 @@ def verify(asked: Verify) -> None:
     if sample is not None:
         try:
             write_file(bundle.folder / "parity.json", report.model_dump_json(indent=2))
+            console.print(f"drawn: {_drawn(bundle)}")
         except OSError as e:
             console.print(f"not kept: {bundle.folder} cannot be written ({e.strerror})")
     console.print("the bundle is whole, and faithful on this machine")
+
+
+def _drawn(bundle: Bundle) -> str:
+    if find_spec("matplotlib") is None:
+        return "nothing, pip install 'likewise[export]' for the picture"
+    from export.plot import draw_parity
+
+    return str(draw_parity(bundle) or "nothing, fp32 on the CPU is what others are measured against")
 
 
 def differences(one: Bundle, other: Bundle, images: Path | None = None) -> list[str]:

@@ -23,6 +23,7 @@ from export.bundle import (
 from export.config import Export
 from export.onnx_graph import OPSET_REASONS, minimum_onnxruntime
 from export.parity import Parity, ParityReport, measure_parity, read_parity, require_parity, table
+from export.plot import draw_parity
 from export.preprocess import PreprocessSpec, preprocess
 from export.providers import CPU, ON_GPU, OPENVINO
 from export.runtime import Runtime
@@ -62,6 +63,7 @@ def export(asked: Export) -> Bundle:
         if name not in bundle.manifest.variants:
             bundle = add_variant(bundle, name, source, sample, console)
     console.print(table(read_parity(bundle)))
+    draw_parity(bundle)
     console.print(f"done: {asked.out}, space {bundle.space_id}   next: likewise index build --bundle {asked.out}")
     return bundle
 

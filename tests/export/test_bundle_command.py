@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from export.bundle import Bundle
 from export.parity import read_parity
@@ -39,12 +40,15 @@ def test_verify_measures_every_graph_here(
 ) -> None:
     space, before = Bundle.open(mine).space_id, read_parity(Bundle.open(mine))
     (mine / "parity.json").unlink()
+    (mine / "parity.png").unlink()  # export had drawn it
     capfd.readouterr()
     assert main(["bundle", "verify", str(mine), "--images", str(many_pictures), "--device", "cpu"]) == 0
     said = capfd.readouterr().err
     assert "files match their checksums" in said and "faithful on this machine" in said
     assert "fp32 on CPUExecutionProvider: canary cosine 1.0" in said and "int8 on CPUExecutionProvider" in said
     (found,) = read_parity(Bundle.open(mine)).measurements
+    with Image.open(mine / "parity.png") as picture:
+        assert picture.width > 2 * picture.height > 200
     (stored,) = [m for m in before.measurements if m.variant == "int8"]
     assert found.variant == "int8"
     assert found.neighbor_overlap_at_10 == pytest.approx(stored.neighbor_overlap_at_10, abs=0.02)
