@@ -9,16 +9,20 @@
         manifest.json        BundleManifest: identity, checksums, canary
         model.onnx           uint8 [batch, H, W, 3] → float32 [batch, D], unit rows
         canary/*             small encoded pictures whose embeddings are known
-        parity.json          measurements of one machine, outside every hash
+        parity.json          measurements and the machines they were made on, outside every hash; parity.png, their picture
+        machine.json         speed of each graph on the machines that opened it, outside every hash
 
 Free of torch.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -413,6 +417,22 @@ def publish(temporary: Path, final: Path) -> None:
         sync_file(temporary)
     temporary.replace(final)
     sync_folder(final.parent)
+
+
+@contextmanager
+def changing(bundle: Path) -> Iterator[None]:
+    """Hold the right to change a bundle that lies there already. Raises `RefusalError` where another process holds it."""
+    folder = os.open(bundle, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RefusalError(
+                f"another process is adding to {bundle}: wait until it is done, then run the same command again"
+            ) from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def write_file(path: Path, data: bytes | str) -> None:

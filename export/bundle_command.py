@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
-from export.bundle import Bundle, Embeddings, RefusalError, write_file
+from export.bundle import Bundle, Embeddings, RefusalError, changing, write_file
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -106,7 +106,7 @@ def describe(bundle: Bundle) -> list[str]:
 
 def verify(asked: Verify) -> None:
     """Raises `RefusalError` at the first thing that is not as it must be."""
-    from export.parity import GATE_PICTURES, INT8_OVERLAP, measure_parity, read_parity
+    from export.parity import GATE_PICTURES, INT8_OVERLAP, Parity, measure_parity, read_parity
     from export.runtime import Runtime, offered
     from export.sample import read_sample
 
@@ -115,7 +115,7 @@ def verify(asked: Verify) -> None:
     console.print(f"{len(bundle.manifest.files)} files match their checksums, space {bundle.space_id}")
     sample = None if asked.images is None else read_sample(asked.images, bundle.manifest.preprocess)
     fp32 = Runtime(bundle, "cpu")
-    report = read_parity(bundle)
+    measured: list[Parity] = []
     for provider in offered(asked.device):
         for name, about in bundle.manifest.variants.items():
             if "*" not in about.providers and provider not in about.providers:
@@ -125,7 +125,7 @@ def verify(asked: Verify) -> None:
             line = f"{name} on {runtime.provider}: canary cosine {runtime.check_canary():.7f}"
             if sample is not None and (name, provider) != ("fp32", fp32.provider):
                 found = measure_parity(fp32.embed, runtime, sample.pixels, sample.labels)
-                report = report.with_(found)
+                measured.append(found)
                 line += (
                     f"; {found.pictures} pictures beside fp32 on the CPU: lowest cosine {found.minimum_cosine:.7f}, "
                     f"overlap@10 {found.neighbor_overlap_at_10:.3f}, {found.speed[-1].images_per_second:,.0f} images/s in "
@@ -140,8 +140,11 @@ def verify(asked: Verify) -> None:
             console.print(line)
     if sample is not None:
         try:
-            write_file(bundle.folder / "parity.json", report.model_dump_json(indent=2))
-            console.print(f"drawn: {_drawn(bundle)}")
+            with changing(bundle.folder):
+                for found in measured:
+                    report = read_parity(bundle).with_(found)
+                    write_file(bundle.folder / "parity.json", report.model_dump_json(indent=2))
+                console.print(f"drawn: {_drawn(bundle)}")
         except OSError as e:
             console.print(f"not kept: {bundle.folder} cannot be written ({e.strerror})")
     console.print("the bundle is whole, and faithful on this machine")

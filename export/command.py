@@ -16,6 +16,7 @@ from export.bundle import (
     FileRecord,
     RefusalError,
     Variant,
+    changing,
     publish,
     sha256_file,
     write_file,
@@ -44,8 +45,6 @@ def export(asked: Export) -> Bundle:
     bundle = None
     if asked.out.exists():
         bundle = _same_bundle(asked.out, source.space_id)
-        if bundle is None:
-            raise RefusalError(f"{asked.out} exists already: choose another --out, or remove it first")
         fp32 = bundle.manifest.variants["fp32"]
         if bundle.manifest.patches != source.patches or asked.opset not in ("auto", str(fp32.opset)):
             raise RefusalError(
@@ -59,9 +58,11 @@ def export(asked: Export) -> Bundle:
     if bundle is None:
         opset = source.opset or (20 if asked.opset == "auto" else int(asked.opset))
         bundle = write_bundle(source, sample, asked.out, opset, console)
-    for name in asked.variants:
-        if name not in bundle.manifest.variants:
-            bundle = add_variant(bundle, name, source, sample, console)
+    with changing(asked.out):
+        bundle = Bundle.open(asked.out)  # as it is now that nobody else changes it
+        for name in asked.variants:
+            if name not in bundle.manifest.variants:
+                bundle = add_variant(bundle, name, source, sample, console)
     console.print(table(read_parity(bundle)))
     draw_parity(bundle)
     console.print(f"done: {asked.out}, space {bundle.space_id}   next: likewise index build --bundle {asked.out}")
@@ -133,7 +134,6 @@ def add_variant(bundle: Bundle, name: str, source: Source, sample: Sample, conso
             # What this graph gives here, with room for other kernels; a wrong graph or provider is far below.
             floor = min(CANARY_FLOORS[name], 1.0 - 3.0 * (1.0 - runtime.check_canary()))
             publish(trial_file, file)
-            bundle = Bundle.open(bundle.folder)  # another process may have added a variant meanwhile
             manifest = _with_variant(bundle, name, file, recipe, {"*": floor})
             report = read_parity(bundle).with_(parity)
             write_file(bundle.folder / "parity.json", report.model_dump_json(indent=2))
@@ -172,13 +172,22 @@ def _files(folder: Path, names: list[str]) -> dict[str, FileRecord]:
     return {name: FileRecord(sha256=sha256_file(folder / name), bytes=(folder / name).stat().st_size) for name in names}
 
 
-def _same_bundle(out: Path, space: str) -> Bundle | None:
-    """The whole bundle of the same space that `out` holds, if it does."""
+def _same_bundle(out: Path, space: str) -> Bundle:
+    """The whole bundle of the same space that `out` holds. Raises `RefusalError` where it holds something else."""
+    if not (out / "manifest.json").is_file():
+        raise RefusalError(f"{out} exists already, and is no bundle: choose another --out, or remove it first")
     try:
         found = Bundle.open(out)
-    except RefusalError:
-        return None
-    return found if found.space_id == space else None
+    except RefusalError as e:
+        raise RefusalError(
+            f"{out} exists already, and is damaged ({e}): remove it first, or choose another --out"
+        ) from e
+    if found.space_id != space:
+        raise RefusalError(
+            f"{out} exists already, and holds another encoder's bundle (space {found.space_id}, this one's is {space}): "
+            "choose another --out, or remove it first"
+        )
+    return found
 
 
 def _pictures(asked: Export, source: Source) -> Path:

@@ -13,7 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.bundle import Bundle, BundleManifest, Embeddings, RefusalError, make_space_id, read_run, tensors_sha256
+from export.bundle import (
+    Bundle,
+    BundleManifest,
+    Embeddings,
+    RefusalError,
+    changing,
+    make_space_id,
+    read_run,
+    tensors_sha256,
+)
 from export.machine import cpu_quota
 from export.onnx_graph import EmbeddingGraph, load_encoder
 from export.parity import ParityReport, measure_parity, neighbor_overlap, require_parity
@@ -49,7 +58,8 @@ def test_the_graph_is_one_file_with_a_named_batch(bundle: Path) -> None:
     assert [d.dim_param or d.dim_value for d in given.type.tensor_type.shape.dim] == ["batch", 32, 32, 3]
     assert result.name == "embedding" and result.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     assert not {n.op_type for n in model.graph.node} & {"If", "Loop"}
-    assert {p.name for p in bundle.iterdir()} == {"model.onnx", "manifest.json", "parity.json", "canary"}
+    files = {p.name for p in bundle.iterdir()}
+    assert files == {"model.onnx", "manifest.json", "parity.json", "parity.png", "canary"}
 
 
 def test_the_runtime_gives_what_torch_gives(run: Path, bundle: Path, pictures: Path) -> None:
@@ -152,7 +162,20 @@ def test_exporting_again_changes_nothing(run: Path, bundle: Path, refused: Calla
     before = (bundle / "manifest.json").read_bytes()
     assert main(["export", str(run), "--out", str(bundle)]) == 0
     assert (bundle / "manifest.json").read_bytes() == before
-    assert "exists already" in refused("export", run, "--out", run)
+    assert "exists already, and is no bundle" in refused("export", run, "--out", run)
+
+
+def test_what_lies_in_out_is_named(
+    run: Path, copy: Path, other_bundle: Path, many_pictures: Path, refused: Callable[..., str]
+) -> None:
+    assert "holds another encoder's bundle" in refused("export", run, "--out", other_bundle)
+    with changing(copy):  # as another process would
+        more = ["--variants", "int8", "--images", many_pictures]
+        assert "another process is adding to" in refused("export", run, "--out", copy, *more)
+    data = bytearray((copy / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "model.onnx").write_bytes(data)
+    assert "is damaged" in refused("export", run, "--out", copy)
 
 
 def test_refusals(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -42,9 +42,9 @@ def evaluate(asked: Evaluate) -> int:
     device = torch.device("cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu")
     threads = asked.threads or cpu_quota()
     torch.set_num_threads(threads)
-    encoders = [open_source(asked.source, asked, device, threads)]
+    encoders = [open_source(asked.source, asked, device, threads, console.print)]
     if asked.against is not None:
-        other = open_source(asked.against, asked, device, threads)
+        other = open_source(asked.against, asked, device, threads, console.print)
         first = encoders[0].extractor.name
         if other.extractor.name == first:
             encoders[0], other = renamed(encoders[0], f"{first} (source)"), renamed(other, f"{first} (against)")

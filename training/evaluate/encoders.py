@@ -95,10 +95,13 @@ class Network:
         return row
 
 
-def open_source(source: Path, asked: Evaluate, device: torch.device, threads: int) -> Encoder:
-    """Open a run folder, a bundle folder or a weights file. Raises `RefusalError` when it is none of them, or damaged."""
+def open_source(
+    source: Path, asked: Evaluate, device: torch.device, threads: int, say: Callable[[str], None] = lambda _: None
+) -> Encoder:
+    """Open a run folder, a bundle folder or a weights file; `say` hears what is measured on the way. Raises `RefusalError`
+    when it is none of them, or damaged."""
     if (source / "manifest.json").is_file():
-        return _open_bundle(source, asked, threads)
+        return _open_bundle(source, asked, threads, say)
     if (source / "run.json").is_file():
         return _open_run(source, asked, device)
     if source.is_file():
@@ -109,7 +112,7 @@ def open_source(source: Path, asked: Evaluate, device: torch.device, threads: in
     )
 
 
-def _open_bundle(folder: Path, asked: Evaluate, threads: int) -> Encoder:
+def _open_bundle(folder: Path, asked: Evaluate, threads: int, say: Callable[[str], None]) -> Encoder:
     from export.tune import open_runtime
 
     given = [f"--{name.replace('_', '-')}" for name in ("fit", "image_size") if getattr(asked, name) is not None]
@@ -117,7 +120,7 @@ def _open_bundle(folder: Path, asked: Evaluate, threads: int) -> Encoder:
         raise RefusalError(
             f"{folder} is a bundle, whose preprocessing is fixed: leave out {' and '.join(given)}, or evaluate the run"
         )
-    runtime = open_runtime(Bundle.open(folder), asked.device, threads, asked.variant)
+    runtime = open_runtime(Bundle.open(folder), asked.device, threads, asked.variant, say)
     manifest = runtime.bundle.manifest
     identity = sha256_json(
         ["bundle", manifest.space_id, manifest.files[manifest.variants[runtime.variant].file].sha256, runtime.provider]
