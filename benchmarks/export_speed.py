@@ -5,9 +5,10 @@
 
 BUNDLE holds a trained encoder with its variants (`likewise export … --variants int8`); `--other` adds bundles of the same
 weights, such as one of opset 23. Every variant runs on every provider that ONNX Runtime offers here (OpenVINO's plugin
-where it is installed and takes the processor), and fp32 in the `openvino` package where that is installed. A round runs each
-configuration once on a batch of 8; figures are medians over the rounds, ratios to plain fp32 of the same round.
-Overlap@10 of neighbours with plain fp32, on 1,000 pictures.
+where it is installed and takes the processor), in two sessions of half the threads and half of a batch each, and fp32 in the
+`openvino` package where that is installed. A round runs each configuration once on a batch of 8; figures are medians
+over the rounds, ratios to plain fp32 of the same round. Overlap@10 of neighbours with plain fp32, on 1,000 pictures; where
+folder names are labels also the mean average precision of each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import numpy as np
 from benchmarks.record import cpu_name, finish
 from export.bundle import Bundle, Embeddings
 from export.machine import cpu_quota
-from export.parity import neighbor_overlap
+from export.parity import mean_average_precision, neighbor_overlap
 from export.preprocess import Pixels
 from export.runtime import Runtime, offered
 from export.sample import read_sample
@@ -48,10 +50,27 @@ def configurations(bundles: list[Bundle], threads: int) -> dict[str, Callable[[P
             for provider in offered("cpu"):
                 label = f"{name}{f' opset {about.opset}' if number else ''}, {provider}"
                 found[label] = Runtime(bundle, "cpu", threads, name, provider).embed
+            if threads > 1:
+                found[f"{name}{f' opset {about.opset}' if number else ''}, two sessions"] = halves(
+                    bundle, name, threads
+                )
     direct = openvino(bundles[0], threads)
     if direct is not None:
         found["fp32, openvino package"] = direct
     return found
+
+
+def halves(bundle: Bundle, variant: str, threads: int) -> Callable[[Pixels], Embeddings]:
+    """Two sessions of half the threads on the CPU, each for half of a batch."""
+    sessions = [Runtime(bundle, "cpu", threads // 2, variant, "CPUExecutionProvider") for _ in range(2)]
+    pool = ThreadPoolExecutor(2)
+
+    def embed(pixels: Pixels) -> Embeddings:
+        middle = (len(pixels) + 1) // 2
+        parts = pool.map(lambda runtime, part: runtime.embed(part), sessions, (pixels[:middle], pixels[middle:]))
+        return np.concatenate(list(parts))
+
+    return embed
 
 
 def openvino(bundle: Bundle, threads: int) -> Callable[[Pixels], Embeddings] | None:
@@ -82,7 +101,7 @@ def main() -> None:
         rounds = args.rounds
         if args.quick:
             args.pictures, run, args.bundle = (Path(folder) / name for name in ("shapes", "run", "bundle"))
-            write_shapes(args.pictures, 64)
+            write_shapes(args.pictures, 208)
             tiny = ["--encoder", "vit_nano", "--image-size", "32", "--patch-size", "8", "--steps", "2"]
             assert likewise(["train", str(args.pictures), "--out", str(run), *tiny]) == 0
             assert likewise(["export", str(run), "--out", str(args.bundle), "--variants", "int8"]) == 0
@@ -92,13 +111,15 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, rounds: int) -> None:
     bundles = [Bundle.open(path) for path in (args.bundle, *args.other)]
-    pixels = read_sample(args.pictures, bundles[0].manifest.preprocess).pixels
+    sample = read_sample(args.pictures, bundles[0].manifest.preprocess)
+    pixels, labels = sample.pixels, sample.labels
     runners = configurations(bundles, args.threads)
     rows = {
         name: np.concatenate([embed(pixels[low : low + BATCH]) for low in range(0, len(pixels), BATCH)])
         for name, embed in runners.items()
     }
     overlaps = {name: neighbor_overlap(rows[PLAIN], found, 10) for name, found in rows.items()}
+    precision = {name: mean_average_precision(found, labels) for name, found in rows.items()} if labels else {}
     cosines = {name: float((found * rows[PLAIN]).sum(1).min()) for name, found in rows.items()}
     some = np.ascontiguousarray(pixels[:BATCH])
     times: dict[str, list[float]] = {name: [] for name in runners}
@@ -110,7 +131,7 @@ def measure(args: argparse.Namespace, rounds: int) -> None:
     spec = bundles[0].manifest.encoder
     network = f"{spec.model} at {spec.image_size} px"
     print(f"\n{cpu_name()}, {args.threads} threads; {network}; {len(pixels)} pictures, {rounds} rounds")
-    print(f"  {'':<38}{'images/s':>9}{'ratio':>7}{'overlap@10':>12}{'min cosine':>12}")
+    print(f"  {'':<38}{'images/s':>9}{'ratio':>7}{'overlap@10':>12}{'min cosine':>12}{'mAP %':>8}")
     table = {}
     for name, seconds in times.items():
         speed = BATCH / statistics.median(seconds)
@@ -120,8 +141,10 @@ def measure(args: argparse.Namespace, rounds: int) -> None:
             "ratio": ratio,
             "overlap_at_10": overlaps[name],
             "cosine": cosines[name],
+            "map": precision.get(name),
         }
-        print(f"  {name:<38}{speed:>9.1f}{ratio:>7.2f}{overlaps[name]:>12.3f}{cosines[name]:>12.6f}")
+        of_labels = f"{100 * precision[name]:>8.2f}" if labels else ""
+        print(f"  {name:<38}{speed:>9.1f}{ratio:>7.2f}{overlaps[name]:>12.3f}{cosines[name]:>12.6f}{of_labels}")
     kind = next((k for k in GOALS if k in cpu_name()), None)
     faithful = max(v["ratio"] for v in table.values() if v["overlap_at_10"] >= 0.98)
     plain = [

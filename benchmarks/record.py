@@ -8,17 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from export.machine import cpu_model as cpu_name
+
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "timm", "onnxruntime", "faiss-cpu", "grpcio", "numpy", "Pillow")
-
-
-def cpu_name() -> str:
-    """The processor as the kernel names it, with the instruction sets that decide speed."""
-    text = Path("/proc/cpuinfo").read_text()
-    name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "?")
-    flags = next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), [])
-    kinds = [kind for kind, flag in (("AMX", "amx_tile"), ("AVX-512", "avx512f"), ("AVX2", "avx2")) if flag in flags]
-    return f"{name} ({kinds[0] if kinds else 'no AVX2'})"
+_PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "faiss-cpu", "grpcio", "numpy", "Pillow")
 
 
 def versions() -> dict[str, str]:
