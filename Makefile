@@ -25,7 +25,7 @@ demo: $(VENV)/.ready ## Pictures → trained encoder → bundle → collection �
 	@$(BIN)/python runs/demo.py --minutes $(MINUTES) $(if $(IMAGES),--images "$(IMAGES)")
 
 test: $(VENV)/.ready ## The default tests (no GPU, under 6 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.ready ## Tests that take minutes
 	$(BIN)/python -m pytest -m slow
