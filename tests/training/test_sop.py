@@ -97,6 +97,26 @@ def test_floor_and_ceiling_of_the_smoothed_cross_entropy(P: int, floor: float, c
     assert cross_entropy(smoothed[1], one_hot[0]).item() == pytest.approx(ceiling, abs=5e-3)
 
 
+def test_the_losses_reach_floor_and_ceiling_and_the_patches_their_share_of_them() -> None:  # 5
+    P = 64
+    anchors = torch.eye(P)  # far apart: at this temperature each row votes for its own alone
+    apart = Prototypes(anchors[:, None], torch.full((P, 1), 0.9))
+    right, wrong = anchors[:8], anchors[8:16]
+    floor = -0.9 * math.log(0.9) - 0.1 * math.log(0.1 / 63)
+    # A student on another prototype: 0.9 of the vote at the smallest probability, 0.1/63 of it at the largest.
+    small, large = math.log(0.1 / 63), math.log(0.9)
+    away = -(0.9 * small + 0.1 / 63 * large + 62 * 0.1 / 63 * small)
+    for student, expected in ((right, floor), (wrong, away)):
+        found = image_loss(student.repeat(2, 1), right.repeat(2, 1), 2, apart, 0.005, 0.005)
+        assert found.item() == pytest.approx(expected, abs=1e-4)
+        assert found.item() <= math.log(63 / 0.1)
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[:2, :4] = True  # two of four crops have a mask
+    for student, expected in ((right, floor), (wrong, away)):
+        masked = patch_loss(student, right, mask, apart, 0.005, 0.005)
+        assert masked.item() == pytest.approx(expected / 2, abs=1e-4)
+
+
 def test_first_step_on_random_memory_is_just_below_ln_p() -> None:  # 6
     bank = rows(65536, 256)
     drawn = draw_prototypes(bank, 256, 8, torch.Generator().manual_seed(0))
