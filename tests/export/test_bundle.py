@@ -145,6 +145,12 @@ def test_the_runtime_refuses_what_it_cannot_run_faithfully(copy: Path) -> None:
     edit(copy, canary=manifest.canary, variants=newer)
     with pytest.raises(RefusalError, match=r"needs onnxruntime 99\.0 or later"):
         Runtime(Bundle.open(copy), "cpu", 1)
+    for changed in ({"scaled_jpeg": not manifest.preprocess.scaled_jpeg}, {"fit": "pad"}, {"background": (0, 0, 0)}):
+        spec = manifest.preprocess.model_copy(update=changed)
+        assert spec.sha256() != manifest.preprocess.sha256()
+        edit(copy, variants=manifest.variants, preprocess=spec)
+        with pytest.raises(RefusalError, match="names space .* its contents make .* export it again"):
+            Bundle.open(copy)
 
 
 def test_another_space_is_another_name(bundle: Path) -> None:
