@@ -149,7 +149,7 @@ def test_the_runtime_refuses_what_it_cannot_run_faithfully(copy: Path) -> None:
         spec = manifest.preprocess.model_copy(update=changed)
         assert spec.sha256() != manifest.preprocess.sha256()
         edit(copy, variants=manifest.variants, preprocess=spec)
-        with pytest.raises(RefusalError, match="names space .* its contents make .* export it again"):
+        with pytest.raises(RefusalError, match=r"names space .* its contents make .* export it again"):
             Bundle.open(copy)
 
 
