@@ -30,8 +30,9 @@ from export.bundle import Bundle, Embeddings
 from export.machine import cpu_quota
 from export.parity import mean_average_precision, neighbor_overlap
 from export.preprocess import Pixels
-from export.runtime import Runtime, offered
-from export.sample import read_sample
+from export.quantise import write_int8
+from export.runtime import Runtime, offered, open_graph
+from export.sample import Sample, read_sample
 from likewise import main as likewise
 from tests.shapes import write_shapes
 
@@ -58,6 +59,17 @@ def configurations(bundles: list[Bundle], threads: int) -> dict[str, Callable[[P
     if direct is not None:
         found["fp32, openvino package"] = direct
     return found
+
+
+def refused(bundle: Bundle, pixels: Pixels, folder: Path) -> dict[str, Callable[[Pixels], Embeddings]]:
+    """What the bundle does not hold, for comparison: its graph with int8 scales from calibration pictures."""
+    if "int8" not in bundle.manifest.variants or "static" in bundle.manifest.variants["int8"].opset_reason:
+        return {}
+    write_int8(bundle.graph(), folder / "static.onnx", "static", pixels)
+    session = open_graph(folder / "static.onnx")
+    return {
+        "int8 static (not in the bundle)": lambda some: session({"images": np.ascontiguousarray(some)}, "embedding")
+    }
 
 
 def halves(bundle: Bundle, variant: str, threads: int) -> Callable[[Pixels], Embeddings]:
@@ -112,8 +124,18 @@ def main() -> None:
 def measure(args: argparse.Namespace, rounds: int) -> None:
     bundles = [Bundle.open(path) for path in (args.bundle, *args.other)]
     sample = read_sample(args.pictures, bundles[0].manifest.preprocess)
-    pixels, labels = sample.pixels, sample.labels
+    pixels = sample.pixels
     runners = configurations(bundles, args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        runners |= refused(bundles[0], pixels, Path(folder))
+        compare(args, bundles, sample, runners, rounds)
+
+
+def compare(
+    args: argparse.Namespace, bundles: list[Bundle], sample: Sample, runners: dict[str, Callable[[Pixels], Embeddings]],
+    rounds: int,
+) -> None:  # fmt: skip
+    pixels, labels = sample.pixels, sample.labels
     rows = {
         name: np.concatenate([embed(pixels[low : low + BATCH]) for low in range(0, len(pixels), BATCH)])
         for name, embed in runners.items()

@@ -78,12 +78,7 @@ class Runtime:
             raise RefusalError(f"--cuda-graphs needs {CUDA}, and {asked_for} is what runs here: leave it out")
         if asked_for in ON_GPU and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # without torch beside it, nothing else finds the CUDA libraries that pip installed
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Idle spinning steals the cores that decode the next batch.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = _session_options(self.threads)
         if asked_for != CPU:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         size = bundle.manifest.encoder.image_size
@@ -222,11 +217,8 @@ def misplaced(placed: Sequence[tuple[str, str]], provider: str) -> str:
 
 def open_graph(path: Path) -> Callable[[dict[str, Any], str], Any]:
     """A plain session of any ONNX file on the CPU: (inputs by name, name of an output) → array. Raises `RefusalError`."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = cpu_quota()
-    options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(str(path), options, providers=[CPU])
+        session = ort.InferenceSession(str(path), _session_options(cpu_quota()), providers=[CPU])
     except Exception as e:  # onnxruntime raises its own pybind types
         raise RefusalError(f"{path} cannot be loaded by onnxruntime {ort.__version__} ({e})") from e
     return lambda inputs, output: session.run([output], inputs)[0]
@@ -246,6 +238,16 @@ def canary_pixels(bundle: Bundle) -> Pixels:
             )
         rows.append(pixels)
     return np.stack(rows)
+
+
+def _session_options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what it would log is raised
+    # Idle spinning steals the cores that decode the next batch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def _reason(device: Device, provider: str) -> str:
