@@ -105,6 +105,9 @@ def _fill(
         vectors = np.concatenate([np.load(work / f"{i:06d}.npy") for i, note in enumerate(notes) if note["rows"]])
         console.print(f"writing a segment of {len(rows):,} vectors of {bundle.dim} dimensions")
         collection.add_segment(rows, vectors)
+        if collection.needs_care:
+            console.print("merging segments")
+            collection.maintain()
     shutil.rmtree(work)
     for key, reason in unreadable[:5]:
         console.print(f"skipped {printable(key)}: {reason}")

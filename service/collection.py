@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -37,6 +38,9 @@ COLLECTION_FORMAT = 1
 MAX_KEY_BYTES = 512
 # Fresh rows are searched exactly; beyond this many they are worth a segment.
 FRESH_LIMIT = 10_000
+# Segments are merged when so many are of about one size, or when such a share of one's rows is dead.
+TIER = 4
+DEAD_SHARE = 0.2
 
 
 class CollectionManifest(Sealed):
@@ -77,11 +81,20 @@ class _Part:
     live: Bitmap | None = None
     live_count: int = 0
 
+    @property
+    def count(self) -> int:
+        """Live rows."""
+        return len(self.segment) if self.live is None else self.live_count
+
+    def flags(self) -> Bitmap:
+        """1 for each live row, 0 for each dead one."""
+        if self.live is None:
+            return np.ones(len(self.segment), np.uint8)
+        return np.unpackbits(self.live, bitorder="little")[: len(self.segment)]
+
     def without(self, positions: Sequence[int]) -> _Part:
         """The same with some rows dead."""
-        flags = np.ones(len(self.segment), np.uint8)
-        if self.live is not None:
-            flags = np.unpackbits(self.live, bitorder="little")[: len(self.segment)]
+        flags = self.flags()
         flags[list(positions)] = 0
         return replace(self, live=np.packbits(flags, bitorder="little"), live_count=int(flags.sum()))
 
@@ -339,6 +352,62 @@ class Collection:
                     tuple(now.fresh_origins[at] for at in left),
                 )
 
+    @property
+    def needs_care(self) -> bool:
+        """Whether `maintain` has something to do."""
+        view = self._view
+        return len(view.fresh_rows) >= FRESH_LIMIT or bool(worth_merging(view.parts))
+
+    def maintain(self) -> None:
+        """Move many fresh rows into a segment; merge segments that became many, or hold many dead rows."""
+        if self.fresh_count >= FRESH_LIMIT:
+            self.flush()
+        while self.compact():
+            pass
+
+    def compact(self, everything: bool = False) -> int:
+        """Merge segments into one without their dead rows: `everything`, or what is worth it. Returns how many were merged.
+
+        Searches and writes go on meanwhile. Killed at any point, the collection holds the old segments or the new one.
+        """
+        with self._flush_lock:
+            with self._open():
+                parts = self._view.parts
+                if everything:
+                    old = parts if len(parts) > 1 or any(p.count < len(p.segment) for p in parts) else ()
+                else:
+                    old = worth_merging(parts)
+                if not old:
+                    return 0
+                numbers = [part.number for part in old]
+                with self._records.transaction():
+                    number = self._records.take("segment")
+                before = self._records.counter("sequence")
+                origins = {i: by for n in numbers for i, by in self._records.origins(n).items()}
+            rows, vectors = _live_rows(old)
+            segment = None
+            if rows:
+                made_by = [origins[row.id] for row in rows]
+                segment = write_segment(self._segment_folder(number), rows, vectors, made_by)
+            with self._open():
+                with self._records.transaction():
+                    self._records.merge(numbers, None if segment is None else number, before)
+                # From here on nothing can fail. Rows replaced or deleted meanwhile are dead in the new segment.
+                now = {part.number: part for part in self._view.parts}
+                kept = [part for part in self._view.parts if part.number not in numbers]
+                if segment is not None:
+                    merged = _Part(number, segment)
+                    died = [
+                        row_id
+                        for part in old
+                        for row_id in part.segment.ids[part.flags() > now[part.number].flags()].tolist()
+                    ]
+                    kept.append(merged.without([segment.position(i) for i in died]) if died else merged)
+                self._view = replace(self._view, parts=tuple(kept))
+            for gone in numbers:  # readers that still search them have their files mapped
+                shutil.rmtree(self._segment_folder(gone))
+            return len(old)
+
     def close(self) -> None:
         """Release files and lock; waits for a write or flush that is under way. Later calls are refused."""
         with self._flush_lock, self._write_lock:
@@ -408,6 +477,31 @@ class Collection:
         matrix = np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
         rows, origins = tuple(record.row for record in fresh), tuple(record.origin for record in fresh)
         return _View(tuple(parts), rows, matrix, origins)
+
+
+def worth_merging(parts: Sequence[_Part]) -> tuple[_Part, ...]:
+    """The segments to merge now: those with many dead rows, and where four or more are of about one size, these.
+
+    So each row is written about log₄ N times, and a search visits about 3 log₄ N segments (the size-tiered compaction of
+    log-structured stores, O'Neil et al. 1996).
+    """
+    tiers: dict[int, list[_Part]] = {}
+    for part in parts:
+        tiers.setdefault(int(math.log(max(part.count, 1), TIER)), []).append(part)
+    crowded = next((tiers[size] for size in sorted(tiers) if len(tiers[size]) >= TIER), [])
+    chosen = {part.number for part in crowded}
+    chosen |= {part.number for part in parts if len(part.segment) - part.count >= DEAD_SHARE * len(part.segment)}
+    return tuple(part for part in parts if part.number in chosen)
+
+
+def _live_rows(parts: Sequence[_Part]) -> tuple[list[StoredRow], Embeddings]:
+    """Live rows of segments and their vectors [N, D], ascending by id."""
+    positions = [np.flatnonzero(part.flags()) for part in parts]
+    ids = np.concatenate([part.segment.ids[at] for part, at in zip(parts, positions, strict=True)])
+    order = np.argsort(ids)
+    rows = [part.segment.row(at) for part, where in zip(parts, positions, strict=True) for at in where.tolist()]
+    vectors = np.concatenate([part.segment.vectors[at] for part, at in zip(parts, positions, strict=True)])
+    return [rows[i] for i in order.tolist()], vectors[order]
 
 
 def check_key(key: str, field: str) -> None:

@@ -163,6 +163,22 @@ class Records:
                 "UPDATE items SET segment = ?, vector = NULL WHERE id = ?", [(segment, i) for i in ids]
             )
 
+    def merge(self, old: Sequence[int], new: int | None, before: int) -> None:
+        """Replace segments `old` by `new`, which holds what lived at sequence number `before` (none where nothing did).
+        Inside a transaction."""
+        gone = [(number,) for number in old]
+        buried = "UPDATE items SET segment = NULL WHERE segment = ? AND live = 0 AND sequence <= ?"
+        self._db.executemany(buried, [(number, before) for number in old])
+        self._db.executemany("DELETE FROM segments WHERE number = ?", gone)
+        if new is not None:
+            self._db.execute("INSERT INTO segments VALUES (?)", (new,))
+            self._db.executemany("UPDATE items SET segment = ? WHERE segment = ?", [(new, number) for number in old])
+
+    def origins(self, segment: int) -> dict[int, str]:
+        """Who made the vector of each live row of a segment, by id."""
+        found = self._db.execute("SELECT id, origin FROM items WHERE segment = ? AND live = 1", (segment,))
+        return dict(found.fetchall())
+
     def live(self, key: str) -> Record | None:
         """The live row of a key."""
         found = self._db.execute(

@@ -23,7 +23,7 @@ from google.protobuf.struct_pb2 import Struct
 from export.bundle import Embeddings
 from export.preprocess import UnreadablePictureError
 from service.batching import Batcher, Embedded
-from service.collection import FRESH_LIMIT, Collection, Hit, check_key, check_space, unit_rows
+from service.collection import Collection, Hit, check_key, check_space, unit_rows
 from service.encoder import Encoder
 from service.errors import InternalError, InvalidArgumentError, PreconditionError, ServiceError, unreadable
 from service.metrics import Metrics
@@ -67,8 +67,8 @@ class Engine:
         self.encoder, self.batcher, self.store, self.metrics = encoder, batcher, store, metrics
         self._searchers = ThreadPoolExecutor(encoder.runtime.threads, thread_name_prefix="search")
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="write")
-        self._flushes: set[asyncio.Task[None]] = set()
-        self._flush_after = 0.0
+        self._upkeep: set[asyncio.Task[None]] = set()
+        self._upkeep_after = 0.0
 
     async def embed(
         self, contents: list[bytes], fields: list[str], context: Context, clock: Clock
@@ -127,19 +127,19 @@ class Engine:
         """Run a blocking call of the store in a thread; a write that has begun is finished even if its caller leaves."""
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writers, call, *arguments))
 
-    def flush_when_due(self, collection: Collection) -> None:
-        """Move fresh rows into a segment in the background once there are many."""
-        if collection.fresh_count >= FRESH_LIMIT and not self._flushes and time.monotonic() >= self._flush_after:
-            task = asyncio.create_task(self.write(collection.flush))
-            self._flushes.add(task)
-            task.add_done_callback(self._flushed)
+    def maintain_when_due(self, collection: Collection) -> None:
+        """Move fresh rows into a segment, and merge segments, in the background once there are many."""
+        if not self._upkeep and time.monotonic() >= self._upkeep_after and collection.needs_care:
+            task = asyncio.create_task(self.write(collection.maintain))
+            self._upkeep.add(task)
+            task.add_done_callback(self._maintained)
 
-    def _flushed(self, task: asyncio.Task[None]) -> None:
-        self._flushes.discard(task)
+    def _maintained(self, task: asyncio.Task[None]) -> None:
+        self._upkeep.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            # The rows stay fresh, searchable and durable; a later write tries again.
-            self._flush_after = time.monotonic() + 60
-            _log(f"a flush failed: {type(task.exception()).__name__}: {task.exception()}")
+            # Rows and segments stay as they were, searchable and durable; a later write tries again.
+            self._upkeep_after = time.monotonic() + 60
+            _log(f"upkeep of a collection failed: {type(task.exception()).__name__}: {task.exception()}")
 
     def close(self) -> None:
         """Wait for writes, then close the store and the threads."""
@@ -284,7 +284,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
             sequences = await engine.write(collection.upsert, [row for _, row, _ in good], vectors)
             for (i, _, _), sequence in zip(good, sequences, strict=True):
                 results[i].sequence = sequence
-            engine.flush_when_due(collection)
+            engine.maintain_when_due(collection)
         return pb.UpsertItemsResponse(results=results, space_id=collection.space_id, timings=clock.timings())
 
     async def DeleteItems(self, request: pb.DeleteItemsRequest, context: Context) -> pb.DeleteItemsResponse:  # noqa: N802
@@ -292,6 +292,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         collection = self._engine.store.get(request.collection)
         _count(len(request.keys), MAX_KEYS, "keys")
         missing = await self._engine.write(collection.delete, list(request.keys))
+        self._engine.maintain_when_due(collection)
         deleted = len(set(request.keys)) - len(missing)
         return pb.DeleteItemsResponse(deleted_count=deleted, missing_keys=missing)
 

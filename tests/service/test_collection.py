@@ -84,6 +84,17 @@ class Shadow(RuleBasedStateMachine):
     def flush(self) -> None:
         self.collection.flush()
 
+    @rule(everything=st.booleans())
+    def compact(self, everything: bool) -> None:
+        before = [part.number for part in self.collection._view.parts]
+        merged = self.collection.compact(everything)
+        after = [part.number for part in self.collection._view.parts]
+        assert len(set(before) - set(after)) == merged and len(set(after) - set(before)) <= bool(merged)
+        if everything:
+            assert len(after) <= 1 and all(part.live is None for part in self.collection._view.parts)
+        folders = {int(p.name) for p in (self.folder / "segments").glob("*")}
+        assert folders == set(after)
+
     @rule()
     def reopen(self) -> None:
         self.collection.close()
@@ -184,13 +195,15 @@ for i in range(start, start + 100000):
     print(i, flush=True)
     if i % 40 == 39:
         c.flush()
+    if i % 100 == 99:
+        c.compact(everything=True)
 """
 
 
 def test_acknowledged_writes_survive_sigkill(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     Collection.create(folder, "lw1-x", DIM).close()
-    for kill_after in (7, 41, 95):
+    for kill_after in (7, 41, 95, 52, 23, 79):
         process = subprocess.Popen([sys.executable, "-c", _WRITER, str(folder)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         acknowledged = [int(process.stdout.readline()) for _ in range(kill_after)]
@@ -301,6 +314,84 @@ def test_writes_during_a_flush_are_kept(collection: Collection, monkeypatch: pyt
         collection.close()
         collection = Collection(collection.folder)
     collection.close()
+
+
+def test_writes_during_a_compaction_are_kept(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+    import service.collection as module
+
+    collection.add_segment(rows("a", "b", "c"), unit(3))
+    collection.add_segment(rows("d", "e"), unit(2, 5))
+    collection.delete(["c"])
+    real = module.write_segment
+
+    def slow(*arguments: object) -> Segment:
+        collection.delete(["a"])  # while the segment is being written
+        collection.upsert(rows("b", "f"), unit(2, 9))
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "write_segment", slow)
+    assert collection.compact(everything=True) == 2
+    monkeypatch.undo()
+    for _ in range(2):
+        (hits,) = collection.search(unit(1, 1), 10)
+        assert sorted(h.row.key for h in hits) == ["b", "d", "e", "f"] and len(collection) == 4
+        assert np.array_equal(collection.get("b").vector, unit(2, 9)[0])
+        assert np.array_equal(collection.get("e").vector, unit(2, 5)[1])
+        assert [p.name for p in (collection.folder / "segments").iterdir()] == ["0003"]
+        collection.close()
+        collection = Collection(collection.folder)
+    collection.close()
+
+
+def test_origins_follow_their_vectors_through_compaction(collection: Collection) -> None:
+    fp32, int8 = "fp32/CPUExecutionProvider", "int8/CPUExecutionProvider"
+    collection.add_segment([row._replace(origin=fp32) for row in rows("a", "b")], unit(2))
+    collection.add_segment([row._replace(origin=int8) for row in rows("b", "c")], unit(2, 5))
+    assert collection.origins == {fp32, int8}
+    collection.delete(["a"])
+    collection.compact(everything=True)
+    assert collection.origins == {int8}  # every vector of fp32 is replaced or deleted
+
+
+def test_a_search_that_began_before_a_compaction_ends_well(collection: Collection) -> None:
+    for i in range(6):
+        collection.add_segment(rows(*(f"{i}-{j}" for j in range(40))), unit(40, i))
+    stop, failures = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            (hits,) = collection.search(unit(1, 3), 240)
+            if len({h.row.key for h in hits}) != 240:
+                failures.append(len(hits))
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    try:
+        for i in range(6):
+            collection.compact(everything=True)
+            collection.add_segment(rows(*(f"{i}-{j}" for j in range(40))), unit(40, i))
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert not failures
+
+
+def test_segments_of_one_size_are_merged_and_large_ones_left(collection: Collection) -> None:
+    collection.add_segment(rows(*(f"big{i}" for i in range(100))), unit(100))
+    for i in range(3):
+        collection.add_segment(rows(f"a{i}", f"b{i}"), unit(2, i))
+        assert collection.compact() == 0 and not collection.needs_care
+    collection.add_segment(rows("a3", "b3"), unit(2, 3))
+    assert collection.needs_care and collection.compact() == 4
+    assert [len(part.segment) for part in collection._view.parts] == [100, 8]
+    collection.delete([f"big{i}" for i in range(19)])
+    assert not collection.needs_care
+    collection.delete(["big19"])  # a fifth of them
+    assert collection.needs_care
+    collection.maintain()
+    assert sorted(part.count for part in collection._view.parts) == [8, 80] and not collection.needs_care
 
 
 @pytest.mark.parametrize("exact_up_to", [10_000, 100])

@@ -453,7 +453,7 @@ def test_a_single_collection_is_served_as_it_is(bundle: Path, indexed: Path, tmp
 
 
 def test_many_fresh_rows_move_into_a_segment(running: Running, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.servicer.FRESH_LIMIT", 50)
+    monkeypatch.setattr("service.collection.FRESH_LIMIT", 50)
     vectors = np.random.default_rng(0).normal(size=(60, 64)).astype(np.float32)
     client.upsert("shapes", [NewItem(f"v{i}", vector=v) for i, v in enumerate(vectors)])
     collection = running.server.engine.store.get("shapes")
