@@ -40,6 +40,19 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
         "cpu,serve",
         "embed a folder and build a collection; again to update it",
     ),
+    ("index", "sync"): (
+        "service.config",
+        "IndexSync",
+        "cpu,serve",
+        "make a collection follow a folder, deletions included",
+    ),
+    ("index", "info"): ("service.index_command", "IndexInfo", "cpu,serve", "say what a collection holds"),
+    ("index", "compact"): (
+        "service.index_command",
+        "IndexCompact",
+        "cpu,serve",
+        "merge a collection's segments into one",
+    ),
     ("serve",): ("service.config", "Serve", "cpu,serve", "serve a bundle and its collections over gRPC"),
     ("query",): ("service.query", "Query", "cpu,serve", "ask a server for the neighbours of a picture"),
     ("healthcheck",): (

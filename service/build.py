@@ -1,4 +1,4 @@
-"""`likewise index build`: a folder of pictures → a collection, resumable shard by shard.
+"""`likewise index build` and `sync`: a folder of pictures → a collection, resumable shard by shard.
 
 Unit of work: a shard of pictures → its vectors and a note that makes them valid, each written whole. When all shards
 are there they become one segment in one commit. Killed at any point, the same command continues; run again later, it
@@ -32,56 +32,116 @@ from export.bundle import (
     write_unreadable,
 )
 from export.preprocess import PictureFile, UnreadablePictureError
+from service.changes import Changes, compare
 from service.collection import MAX_KEY_BYTES, Collection
-from service.config import IndexBuild
+from service.config import IndexBuild, IndexSync
 from service.encoder import BUILD_BATCH, Decoded, Encoder
 from service.records import NewRow
 from service.store import NAME, NAME_RULE
 
 SHARD = 512
+NOTE = 2  # format of a shard's note
 
 
 def build(asked: IndexBuild) -> None:
-    """Build or update a collection. Raises `RefusalError`."""
+    """Build a collection, or add what is new or changed. Raises `RefusalError`."""
+    _follow(asked, None)
+
+
+def sync(asked: IndexSync) -> None:
+    """Make a collection follow a folder, deletions included. Raises `RefusalError`."""
+    _follow(asked, asked)
+
+
+def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     unlisted: list[tuple[str, str]] = []
     found = list_pictures(asked.images, unlisted)
     if not NAME.fullmatch(asked.out.name):
         raise RefusalError(f"{asked.out.name!r} cannot be a collection's name: {NAME_RULE}; choose another --out")
     bundle = Bundle.open(asked.bundle)
+    dry = following is not None and following.dry_run
     if (asked.out / "collection.json").is_file():
         collection = Collection(asked.out, bundle.space_id)
+    elif dry:
+        console.print(f"{len(found):,} pictures to embed into a new collection; nothing was done (--dry-run)")
+        return
     else:
         collection = Collection.create(asked.out, bundle.space_id, bundle.dim)
     try:
-        _fill(collection, asked, bundle, found, unlisted, console)
+        before = collection.files()
+        changes = compare(before, found, [folder for folder, _ in unlisted])
+        if following is None:  # nothing goes, so what was moved is there twice
+            changes = changes._replace(embed=sorted([*changes.embed, *(p for _, p in changes.moved)]), moved=[])
+        gone = f"{len(changes.gone):,} items have no file in {asked.images} (any more)"
+        unchanged = len(found) - len(changes.embed) - len(changes.touched) - len(changes.moved)
+        console.print(
+            f"{len(found):,} pictures: {unchanged:,} as they were, {len(changes.embed):,} to embed, "
+            f"{len(changes.touched):,} with a new time only, {len(changes.moved):,} under a new name"
+            f"{f'; {gone}' if changes.gone else ''}{' and stay' if changes.gone and following is None else ''}"
+        )
+        if following is not None and len(changes.gone) > following.max_delete * len(collection):
+            raise RefusalError(
+                f"{gone}, of {len(collection):,}: more than --max-delete {following.max_delete:g} allows; nothing was "
+                "done. Check that the folder is the right one and is mounted, or pass --max-delete 1"
+            )
+        if dry:
+            _say(changes, console)
+            return
+        # What comes before what goes: interrupted in between, nothing is missing.
+        written, skipped = _fill(collection, asked, bundle, changes.embed, unlisted, console)
+        collection.touch((p.key, p.mtime_ns) for p in changes.touched)
+        for low in range(0, len(changes.moved), SHARD):
+            part = changes.moved[low : low + SHARD]
+            collection.move([(old, _row({**_about(p), "sha256": before[old].sha256})) for old, p in part])
+        if following is not None:
+            collection.delete(changes.gone)
+        if collection.needs_care:
+            console.print("merging segments")
+            collection.maintain()
+        deleted = f", {len(changes.gone):,} deleted" if following is not None else ""
+        console.print(
+            f"done: {asked.out} holds {len(collection):,} items ({written:,} written now, {skipped} skipped{deleted})   "
+            f"next: likewise serve --bundle {asked.bundle} --collections {asked.out}"
+        )
     finally:
         collection.close()
+
+
+def _say(changes: Changes, console: Console) -> None:
+    """What would be done."""
+    renamed = [f"{old} → {picture.key}" for old, picture in changes.moved]
+    for what, keys in (("embed", [p.key for p in changes.embed]), ("rename", renamed), ("delete", changes.gone)):
+        for key in keys[:20]:
+            console.print(f"would {what} {printable(key)}")
+        if len(keys) > 20:
+            console.print(f"would {what} {len(keys) - 20:,} more")
+    console.print("nothing was done (--dry-run)")
 
 
 def _fill(
     collection: Collection,
     asked: IndexBuild,
     bundle: Bundle,
-    found: list[PictureFile],
+    todo: list[PictureFile],
     unlisted: list[tuple[str, str]],
     console: Console,
-) -> None:
-    before = collection.files()
-    todo = [p for p in found if before.get(p.key) != (p.size, p.mtime_ns)]
-    gone = len(before.keys() - {p.key for p in found})
-    if gone:
-        console.print(f"{gone} items have no file in {asked.images} (any more); they stay in the collection")
+) -> tuple[int, int]:
+    """Embed pictures into a segment of their own; how many were written and skipped."""
     work = asked.out / "building"
+    if not todo:
+        shutil.rmtree(work, ignore_errors=True)  # of a build whose pictures are gone
+        write_unreadable(asked.out / "unreadable.tsv", unlisted)
+        return 0, len(unlisted)
     work.mkdir(exist_ok=True)
     encoder = Encoder(bundle, asked, console.print)
-    refusal = encoder.mixing_refusal(collection.origins) if todo else None
+    refusal = encoder.mixing_refusal(collection.origins)
     if refusal is not None:
         encoder.close()
         raise RefusalError(refusal)
     console.print(
-        f"{len(found):,} pictures, {len(todo):,} to embed, with {bundle.space_id}, {encoder.runtime.variant} on "
-        f"{encoder.runtime.provider} ({encoder.runtime.provider_reason})"
+        f"embedding with {bundle.space_id}, {encoder.runtime.variant} on {encoder.runtime.provider} "
+        f"({encoder.runtime.provider_reason})"
     )
     parts = [todo[low : low + SHARD] for low in range(0, len(todo), SHARD)]
     columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -96,18 +156,11 @@ def _fill(
         encoder.close()
     unreadable = [*unlisted, *((key, reason) for note in notes for key, reason in note["unreadable"])]
     write_unreadable(asked.out / "unreadable.tsv", unreadable)
-    rows = [
-        NewRow(row["key"], row["payload"], row["uri"], encoder.origin, row["size"], row["mtime_ns"])
-        for note in notes
-        for row in note["rows"]
-    ]
+    rows = [_row(row, encoder.origin) for note in notes for row in note["rows"]]
     if rows:
         vectors = np.concatenate([np.load(work / f"{i:06d}.npy") for i, note in enumerate(notes) if note["rows"]])
         console.print(f"writing a segment of {len(rows):,} vectors of {bundle.dim} dimensions")
         collection.add_segment(rows, vectors)
-        if collection.needs_care:
-            console.print("merging segments")
-            collection.maintain()
     shutil.rmtree(work)
     for key, reason in unreadable[:5]:
         console.print(f"skipped {printable(key)}: {reason}")
@@ -116,16 +169,13 @@ def _fill(
     animated = sum(note["animated"] for note in notes)
     if animated:
         console.print(f"{animated} pictures are animated: their first frame was used")
-    console.print(
-        f"done: {asked.out} holds {len(collection):,} items ({len(rows):,} written now, {len(unreadable)} skipped)   "
-        f"next: likewise serve --bundle {asked.bundle} --collections {asked.out}"
-    )
+    return len(rows), len(unreadable)
 
 
 def _shard(work: Path, number: int, part: Sequence[PictureFile], encoder: Encoder) -> dict[str, Any]:
     """Embed one shard, or take it as an earlier start left it; returns its note."""
     vectors_file, note_file = work / f"{number:06d}.npy", work / f"{number:06d}.json"
-    listing = sha256_json([encoder.space_id, encoder.origin, [(p.key, p.size, p.mtime_ns) for p in part]])
+    listing = sha256_json([NOTE, encoder.space_id, encoder.origin, [(p.key, p.size, p.mtime_ns) for p in part]])
     try:
         note: dict[str, Any] = json.loads(note_file.read_bytes())
         if note["listing"] == listing and note["sha256"] == sha256_file(vectors_file):
@@ -143,12 +193,7 @@ def _shard(work: Path, number: int, part: Sequence[PictureFile], encoder: Encode
             unreadable.append((picture.key, str(result)))
             continue
         animated += result.animated
-        rows.append(
-            {
-                "key": picture.key, "size": picture.size, "mtime_ns": picture.mtime_ns,
-                "uri": picture.path.resolve().as_uri(), "payload": json.dumps({"folder": picture.folder}),
-            }
-        )  # fmt: skip
+        rows.append({**_about(picture), "sha256": result.sha256})
         pixels.append(result.pixels)
         if len(pixels) == BUILD_BATCH:
             vectors.append(encoder.embed(np.stack(pixels)))
@@ -165,6 +210,20 @@ def _shard(work: Path, number: int, part: Sequence[PictureFile], encoder: Encode
     }  # fmt: skip
     write_file(note_file, json.dumps(note))
     return note
+
+
+def _about(picture: PictureFile) -> dict[str, Any]:
+    """What a row says of its file, beside the digest."""
+    return {
+        "key": picture.key, "size": picture.size, "mtime_ns": picture.mtime_ns,
+        "uri": picture.path.resolve().as_uri(), "payload": json.dumps({"folder": picture.folder}),
+    }  # fmt: skip
+
+
+def _row(about: dict[str, Any], origin: str = "") -> NewRow:
+    return NewRow(
+        about["key"], about["payload"], about["uri"], origin, about["size"], about["mtime_ns"], about["sha256"]
+    )
 
 
 def _read(encoder: Encoder, picture: PictureFile) -> Decoded | UnreadablePictureError:

@@ -19,7 +19,7 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from export.bundle import Embeddings, RefusalError, Sealed, make_folder, read_contract, write_file
+from service.changes import FileState
 from service.errors import DataLossError, InvalidArgumentError, MismatchError, NotFoundError
 from service.index import Bitmap
 from service.records import NewRow, Records
@@ -70,6 +71,24 @@ class StoredItem(NamedTuple):
 
     row: StoredRow
     vector: Embeddings
+    origin: str
+    """Who made the vector: variant and provider, or 'client'."""
+
+
+class SegmentInfo(NamedTuple):
+    """What a segment holds, and how it is searched."""
+
+    number: int
+    rows: int
+    """Deleted and replaced ones included."""
+    dead: int
+    """These."""
+    factory: str
+    """FAISS factory string."""
+    nprobe: int
+    """Lists visited per query (0: exact)."""
+    recall_at_10: float
+    """Against exact search, when it was built."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +215,14 @@ class Collection:
         """Rows that no segment holds yet."""
         return len(self._view.fresh_rows)
 
+    def segments(self) -> list[SegmentInfo]:
+        """The live segments, oldest first."""
+        return [
+            SegmentInfo(p.number, m.rows, m.rows - p.count, m.factory, m.nprobe, m.recall_at_10)
+            for p in self._view.parts
+            for m in (p.segment.manifest,)
+        ]
+
     # --- reading ------------------------------------------------------------------------------------------------
 
     def search(
@@ -238,14 +265,15 @@ class Collection:
         if record is None:
             raise NotFoundError(f"the collection {self.name!r} has no item with the key {key!r}", "item", key)
         if record.vector is not None:
-            return StoredItem(record.row, record.vector)
+            return StoredItem(record.row, record.vector, record.origin)
         for part in view.parts:
             if part.number == record.segment:
-                return StoredItem(record.row, np.array(part.segment.vectors[part.segment.position(record.row.id)]))
+                vector = np.array(part.segment.vectors[part.segment.position(record.row.id)])
+                return StoredItem(record.row, vector, record.origin)
         raise DataLossError(f"the item {key!r} is in segment {record.segment}, which is not open: restart the server")
 
-    def files(self) -> dict[str, tuple[int | None, int | None]]:
-        """Size and time of change of the file behind each key."""
+    def files(self) -> dict[str, FileState]:
+        """The file behind each key."""
         with self._open():
             return self._records.files()
 
@@ -297,6 +325,22 @@ class Collection:
             self._sequence = last
             self._publish_writes(dead, [], np.zeros((0, self.dim), np.float32), [])
         return missing
+
+    def touch(self, files: Iterable[tuple[str, int]]) -> None:
+        """Note new times of change (key, nanoseconds) of files whose bytes are the same: nothing is embedded again."""
+        with self._open(), self._records.transaction():
+            self._records.touch(files)
+
+    def move(self, moves: Sequence[tuple[str, NewRow]]) -> None:
+        """Give items (old key, new row) other keys; vectors and their origins stay. Durable and visible on return.
+
+        Killed in between, an item may be there under both keys.
+        """
+        items = [self.get(old) for old, _ in moves]
+        rows = [row._replace(origin=item.origin) for (_, row), item in zip(moves, items, strict=True)]
+        if rows:
+            self.upsert(rows, np.stack([item.vector for item in items]))
+            self.delete([old for old, _ in moves])
 
     def add_segment(self, rows: Sequence[NewRow], vectors: Embeddings) -> None:
         """Insert or replace many rows at once, as a segment of their own. Durable and visible on return."""

@@ -51,6 +51,25 @@ class IndexBuild(Embedding):
         return 0
 
 
+class IndexSync(IndexBuild):
+    """Make a collection follow a folder: embed new and changed pictures, rename moved ones, delete those whose file is gone.
+
+    Items that clients wrote are left alone.
+    """
+
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    max_delete: float = Field(0.1, ge=0, le=1)
+    """Refuse to delete more than this share of the items: the folder may be the wrong one, or not mounted."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        from service.build import sync
+
+        sync(self)
+        return 0
+
+
 class Serve(Embedding):
     """Serve a bundle and its collections over gRPC, with Prometheus metrics on a port of their own."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ class Decoded(NamedTuple):
     pixels: Pixels
     seconds: float
     animated: bool
+    sha256: str = ""
+    """Of the encoded bytes, where they came from a file."""
 
 
 class Encoder:
@@ -62,7 +65,8 @@ class Encoder:
     def read(self, picture: PictureFile) -> Decoded | UnreadablePictureError:
         """Pixels of a file, or the refusal as a value."""
         try:
-            return self.decode(picture.read(self.limits))
+            data = picture.read(self.limits)
+            return self.decode(data)._replace(sha256=hashlib.sha256(data).hexdigest())
         except UnreadablePictureError as e:
             return e
 

@@ -7,7 +7,7 @@ A row that was replaced or deleted stays as a tombstone (live = 0) with the sequ
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from export.bundle import Embeddings, RefusalError
+from service.changes import FileState
 from service.errors import DiskFullError
 from service.segment import StoredRow
 
@@ -30,7 +31,8 @@ CREATE TABLE IF NOT EXISTS items (
     source_uri TEXT NOT NULL,
     origin TEXT NOT NULL,         -- who made the vector: variant and provider, or 'client'
     file_size INTEGER,            -- of items that came from a file
-    file_mtime_ns INTEGER
+    file_mtime_ns INTEGER,
+    file_sha256 TEXT
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS items_live_key ON items (key) WHERE live = 1;
 CREATE INDEX IF NOT EXISTS items_sequence ON items (sequence);
@@ -53,6 +55,7 @@ class NewRow(NamedTuple):
     origin: str = "client"
     file_size: int | None = None
     file_mtime_ns: int | None = None
+    file_sha256: str | None = None
 
 
 class Record(NamedTuple):
@@ -78,6 +81,8 @@ class Records:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_TABLES)
+            if "file_sha256" not in {name for _, name, *_ in self._db.execute("PRAGMA table_info(items)")}:
+                self._db.execute("ALTER TABLE items ADD COLUMN file_sha256 TEXT")  # of before files were followed
             problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         except sqlite3.DatabaseError as e:
             self._db.close()
@@ -129,7 +134,7 @@ class Records:
         blobs = [None] * len(rows) if vectors is None else [np.ascontiguousarray(v).tobytes() for v in vectors]
         self._db.executemany(
             "INSERT INTO items (id, key, sequence, live, segment, vector, payload, source_uri, origin, "
-            "file_size, file_mtime_ns) VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?)",
+            "file_size, file_mtime_ns, file_sha256) VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
                     i,
@@ -142,6 +147,7 @@ class Records:
                     row.origin,
                     row.file_size,
                     row.file_mtime_ns,
+                    row.file_sha256,
                 )
                 for i, s, row, blob in zip(ids, sequences, rows, blobs, strict=True)
             ],
@@ -211,10 +217,15 @@ class Records:
         """Live rows."""
         return int(self._db.execute("SELECT count(*) FROM items WHERE live = 1").fetchone()[0])
 
-    def files(self) -> dict[str, tuple[int | None, int | None]]:
-        """Size and time of change of the file behind each live key."""
-        rows = self._db.execute("SELECT key, file_size, file_mtime_ns FROM items WHERE live = 1")
-        return {key: (size, mtime) for key, size, mtime in rows}
+    def files(self) -> dict[str, FileState]:
+        """The file behind each live key."""
+        rows = self._db.execute("SELECT key, file_size, file_mtime_ns, file_sha256 FROM items WHERE live = 1")
+        return {key: FileState(*state) for key, *state in rows}
+
+    def touch(self, files: Iterable[tuple[str, int]]) -> None:
+        """New times of change (key, nanoseconds) of files whose bytes are the same. Inside a transaction."""
+        rows = [(mtime, key) for key, mtime in files]
+        self._db.executemany("UPDATE items SET file_mtime_ns = ? WHERE key = ? AND live = 1", rows)
 
     def close(self) -> None:
         """Close the connection."""

@@ -299,7 +299,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
     async def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:  # noqa: N802
         """See the proto."""
         collection = self._engine.store.get(request.collection)
-        row, vector = await self._engine.read(collection.get, request.key)
+        row, vector, _ = await self._engine.read(collection.get, request.key)
         item = _item(row)
         item.vector.values.extend(vector.tolist())
         return pb.GetItemResponse(item=item, space_id=collection.space_id)

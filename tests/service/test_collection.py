@@ -86,12 +86,12 @@ class Shadow(RuleBasedStateMachine):
 
     @rule(everything=st.booleans())
     def compact(self, everything: bool) -> None:
-        before = [part.number for part in self.collection._view.parts]
+        before = [segment.number for segment in self.collection.segments()]
         merged = self.collection.compact(everything)
-        after = [part.number for part in self.collection._view.parts]
+        after = [segment.number for segment in self.collection.segments()]
         assert len(set(before) - set(after)) == merged and len(set(after) - set(before)) <= bool(merged)
         if everything:
-            assert len(after) <= 1 and all(part.live is None for part in self.collection._view.parts)
+            assert len(after) <= 1 and all(segment.dead == 0 for segment in self.collection.segments())
         folders = {int(p.name) for p in (self.folder / "segments").glob("*")}
         assert folders == set(after)
 
@@ -385,13 +385,13 @@ def test_segments_of_one_size_are_merged_and_large_ones_left(collection: Collect
         assert collection.compact() == 0 and not collection.needs_care
     collection.add_segment(rows("a3", "b3"), unit(2, 3))
     assert collection.needs_care and collection.compact() == 4
-    assert [len(part.segment) for part in collection._view.parts] == [100, 8]
+    assert [segment.rows for segment in collection.segments()] == [100, 8]
     collection.delete([f"big{i}" for i in range(19)])
     assert not collection.needs_care
     collection.delete(["big19"])  # a fifth of them
     assert collection.needs_care
     collection.maintain()
-    assert sorted(part.count for part in collection._view.parts) == [8, 80] and not collection.needs_care
+    assert sorted((s.rows, s.dead) for s in collection.segments()) == [(8, 0), (80, 0)] and not collection.needs_care
 
 
 @pytest.mark.parametrize("exact_up_to", [10_000, 100])
