@@ -31,6 +31,7 @@ import numpy as np
 from export.bundle import Embeddings, RefusalError, Sealed, make_folder, read_contract, write_file
 from service.changes import FileState
 from service.errors import DataLossError, InvalidArgumentError, MismatchError, NotFoundError
+from service.fresh import Fresh
 from service.index import Bitmap
 from service.records import NewRow, Records
 from service.segment import Segment, StoredRow, write_segment
@@ -123,9 +124,7 @@ class _View:
     """What a search sees: never changed once published."""
 
     parts: tuple[_Part, ...]
-    fresh_rows: tuple[StoredRow, ...]
-    fresh_vectors: Embeddings  # N D
-    fresh_origins: tuple[str, ...]
+    fresh: Fresh
 
 
 class Collection:
@@ -207,13 +206,13 @@ class Collection:
         """Variants and providers that made its vectors, deleted ones until they are compacted away; those that clients
         brought are not counted."""
         view = self._view
-        origins = {*view.fresh_origins, *(origin for part in view.parts for origin in part.segment.manifest.origins)}
+        origins = {*view.fresh.made_by(), *(origin for part in view.parts for origin in part.segment.manifest.origins)}
         return origins - {"client"}
 
     @property
     def fresh_count(self) -> int:
         """Rows that no segment holds yet."""
-        return len(self._view.fresh_rows)
+        return self._view.fresh.live
 
     def segments(self) -> list[SegmentInfo]:
         """The live segments, oldest first."""
@@ -241,17 +240,18 @@ class Collection:
                     for score, at in zip(row_scores, row_positions, strict=True)
                     if at >= 0
                 ]
-        if view.fresh_rows:
-            similarity = queries @ view.fresh_vectors.T
-            top = min(wanted, len(view.fresh_rows))
-            best = np.argpartition(-similarity, top - 1, axis=1)[:, :top]
-            for query, row_scores, positions in zip(found, similarity, best.tolist(), strict=True):
-                query += [(float(row_scores[at]), view.fresh_rows[at].key, None, at) for at in positions]
+        if view.fresh.live:
+            scores, positions = view.fresh.search(queries, wanted)
+            for query, row_scores, row_positions in zip(found, scores.tolist(), positions.tolist(), strict=True):
+                query += [
+                    (score, view.fresh.rows[at].key, None, at)
+                    for score, at in zip(row_scores, row_positions, strict=True)
+                ]
         results = []
         for candidates in found:
             candidates.sort(key=lambda c: (-c[0], c[1]))
             hits = [
-                Hit(view.fresh_rows[at] if part is None else part.segment.row(at), max(-1.0, min(1.0, score)))
+                Hit(view.fresh.rows[at] if part is None else part.segment.row(at), max(-1.0, min(1.0, score)))
                 for score, key, part, at in candidates[:wanted]
                 if key != leave_out and (min_score is None or score >= min_score)
             ]
@@ -373,38 +373,41 @@ class Collection:
         with self._flush_lock:
             with self._open():
                 view = self._view
-                if not view.fresh_rows:
+                fresh = view.fresh
+                if not fresh.live:  # what was replaced or deleted takes no more room
+                    self._view = replace(view, fresh=self._no_rows())
                     return
                 with self._records.transaction():
                     number = self._records.take("segment")
             folder = self._segment_folder(number)
-            segment = write_segment(folder, view.fresh_rows, view.fresh_vectors, view.fresh_origins)
-            moved = {row.id for row in view.fresh_rows}
+            at = fresh.positions()
+            rows = [fresh.rows[i] for i in at.tolist()]
+            segment = write_segment(folder, rows, fresh.buffer[at], [fresh.origins[i] for i in at.tolist()])
+            moved = [row.id for row in rows]
             with self._open():
                 with self._records.transaction():
-                    self._records.adopt(number, sorted(moved))
+                    self._records.adopt(number, moved)
                 # From here on nothing can fail. Rows replaced or deleted meanwhile are dead in the segment.
                 now = self._view
-                left = [at for at, row in enumerate(now.fresh_rows) if row.id not in moved]
-                living = {row.id for row in now.fresh_rows}
-                dead = [at for at, row in enumerate(view.fresh_rows) if row.id not in living]
+                dead = np.flatnonzero(now.fresh.flags[at] == 0).tolist()
+                left = [i for i in now.fresh.positions().tolist() if i >= fresh.count]
                 part = _Part(number, segment)
                 self._view = _View(
                     (*now.parts, part.without(dead) if dead else part),
-                    tuple(now.fresh_rows[at] for at in left),
-                    now.fresh_vectors[left],
-                    tuple(now.fresh_origins[at] for at in left),
+                    Fresh.of(
+                        [now.fresh.rows[i] for i in left], now.fresh.buffer[left], [now.fresh.origins[i] for i in left]
+                    ),
                 )
 
     @property
     def needs_care(self) -> bool:
         """Whether `maintain` has something to do."""
         view = self._view
-        return len(view.fresh_rows) >= FRESH_LIMIT or bool(worth_merging(view.parts))
+        return view.fresh.count >= FRESH_LIMIT or bool(worth_merging(view.parts))
 
     def maintain(self) -> None:
         """Move many fresh rows into a segment; merge segments that became many, or hold many dead rows."""
-        if self.fresh_count >= FRESH_LIMIT:
+        if self._view.fresh.count >= FRESH_LIMIT:
             self.flush()
         while self.compact():
             pass
@@ -469,6 +472,9 @@ class Collection:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
+    def _no_rows(self) -> Fresh:
+        return Fresh.of([], np.zeros((0, self.dim), np.float32), [])
+
     def _segment_folder(self, number: int) -> Path:
         return self.folder / "segments" / f"{number:04d}"
 
@@ -481,15 +487,8 @@ class Collection:
         for part in view.parts:
             gone = [part.segment.position(i) for i, segment in dead.items() if segment == part.number]
             parts.append(part.without(gone) if gone else part)
-        kept_rows, kept, kept_origins = view.fresh_rows, view.fresh_vectors, view.fresh_origins
-        if any(segment is None for segment in dead.values()):
-            keep = [at for at, row in enumerate(kept_rows) if row.id not in dead]
-            kept_rows, kept = tuple(kept_rows[at] for at in keep), kept[keep]
-            kept_origins = tuple(kept_origins[at] for at in keep)
-        if rows:
-            kept_rows, kept = (*kept_rows, *rows), np.concatenate([kept, vectors])
-            kept_origins = (*kept_origins, *origins)
-        self._view = _View(tuple(parts), kept_rows, kept, kept_origins)
+        fresh = view.fresh.without(i for i, segment in dead.items() if segment is None)
+        self._view = _View(tuple(parts), fresh.extended(rows, vectors, origins) if rows else fresh)
         self._count += len(rows) - len(dead)
 
     def _remove_orphans(self) -> None:
@@ -519,8 +518,8 @@ class Collection:
         fresh = self._records.fresh()
         vectors = [record.vector for record in fresh if record.vector is not None]
         matrix = np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
-        rows, origins = tuple(record.row for record in fresh), tuple(record.origin for record in fresh)
-        return _View(tuple(parts), rows, matrix, origins)
+        rows, origins = [record.row for record in fresh], [record.origin for record in fresh]
+        return _View(tuple(parts), Fresh.of(rows, matrix, origins))
 
 
 def worth_merging(parts: Sequence[_Part]) -> tuple[_Part, ...]:

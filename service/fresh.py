@@ -1,0 +1,85 @@
+"""Rows that no segment holds yet: appended in place, seen as they were by whoever looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from export.bundle import Embeddings
+from service.index import Bitmap, Rows
+from service.segment import StoredRow
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """One state of the fresh rows.
+
+    Later states share its lists and its buffer and append to them, beyond `count`, where this state never looks; so a write
+    copies its own rows and one byte per row, whatever is there. Only the newest state may be extended.
+    """
+
+    rows: list[StoredRow]
+    origins: list[str]
+    """Who made each vector."""
+    places: dict[int, int]
+    """id → position."""
+    buffer: Embeddings
+    """[capacity, D]"""
+    flags: Bitmap
+    """[count], 1 for each live row."""
+    live: int
+    """How many live."""
+
+    @classmethod
+    def of(cls, rows: Sequence[StoredRow], vectors: Embeddings, origins: Sequence[str]) -> Fresh:
+        """Rows with vectors [N, D]."""
+        nothing = cls([], [], {}, np.empty((0, vectors.shape[1]), np.float32), np.zeros(0, np.uint8), 0)
+        return nothing.extended(rows, vectors, origins)
+
+    @property
+    def count(self) -> int:
+        """Rows, deleted and replaced ones included."""
+        return len(self.flags)
+
+    def extended(self, rows: Sequence[StoredRow], vectors: Embeddings, origins: Sequence[str]) -> Fresh:
+        """With more rows."""
+        assert len(self.rows) == self.count, "an old state was extended"
+        count, more = self.count, len(rows)
+        buffer = self.buffer
+        if count + more > len(buffer):
+            buffer = np.empty((max(2 * (count + more), 256), buffer.shape[1]), np.float32)
+            buffer[:count] = self.buffer[:count]
+        buffer[count : count + more] = vectors
+        self.places.update((row.id, count + i) for i, row in enumerate(rows))
+        self.origins.extend(origins)
+        self.rows.extend(rows)
+        flags = np.concatenate([self.flags, np.ones(more, np.uint8)])
+        return replace(self, buffer=buffer, flags=flags, live=self.live + more)
+
+    def without(self, ids: Iterable[int]) -> Fresh:
+        """With some rows dead."""
+        positions = [self.places[i] for i in ids]
+        if not positions:
+            return self
+        flags = self.flags.copy()
+        flags[positions] = 0
+        return replace(self, flags=flags, live=int(flags.sum()))
+
+    def made_by(self) -> set[str]:
+        """Who made the vectors of the live rows."""
+        return {self.origins[at] for at in self.positions().tolist()}
+
+    def positions(self) -> Rows:
+        """Where the live rows are, ascending."""
+        return np.flatnonzero(self.flags)
+
+    def search(self, queries: Embeddings, k: int) -> tuple[Embeddings, Rows]:
+        """Scores and positions [Q, min(k, live)] of the live rows most similar to queries [Q, D], in no order."""
+        similarity: Embeddings = queries @ self.buffer[: self.count].T
+        if self.live < self.count:
+            similarity[:, self.flags == 0] = -np.inf
+        k = min(k, self.live)
+        best = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        return np.take_along_axis(similarity, best, 1), best
