@@ -420,19 +420,17 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 @contextmanager
-def changing(bundle: Path) -> Iterator[None]:
-    """Hold the right to change a bundle that lies there already. Raises `RefusalError` where another process holds it."""
-    folder = os.open(bundle, os.O_RDONLY)
-    try:
+def changing(bundle: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the right to change a bundle that lies there already; where another process holds it, `wait` or raise
+    `RefusalError`."""
+    with (bundle / ".lock").open("a") as file:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
             raise RefusalError(
                 f"another process is adding to {bundle}: wait until it is done, then run the same command again"
             ) from None
         yield
-    finally:
-        os.close(folder)
 
 
 def write_file(path: Path, data: bytes | str) -> None:

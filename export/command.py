@@ -58,13 +58,14 @@ def export(asked: Export) -> Bundle:
     if bundle is None:
         opset = source.opset or (20 if asked.opset == "auto" else int(asked.opset))
         bundle = write_bundle(source, sample, asked.out, opset, console)
-    with changing(asked.out):
-        bundle = Bundle.open(asked.out)  # as it is now that nobody else changes it
-        for name in asked.variants:
-            if name not in bundle.manifest.variants:
-                bundle = add_variant(bundle, name, source, sample, console)
+    if set(asked.variants) - bundle.manifest.variants.keys():
+        with changing(asked.out):
+            bundle = Bundle.open(asked.out)  # as it is now that nobody else changes it
+            for name in asked.variants:
+                if name not in bundle.manifest.variants:
+                    bundle = add_variant(bundle, name, source, sample, console)
+            draw_parity(bundle)
     console.print(table(read_parity(bundle)))
-    draw_parity(bundle)
     console.print(f"done: {asked.out}, space {bundle.space_id}   next: likewise index build --bundle {asked.out}")
     return bundle
 
@@ -100,6 +101,7 @@ def write_bundle(source: Source, sample: Sample, out: Path, opset: int, console:
         )
         write_file(temporary / "parity.json", ParityReport(measurements=[parity]).model_dump_json(indent=2))
         require_parity(parity)
+        draw_parity(Bundle(temporary, manifest))
         publish(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -8,10 +8,10 @@ import functools
 import hashlib
 import importlib
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
-from export.bundle import Bundle, Embeddings, RefusalError
+from export.bundle import Bundle, Embeddings, RefusalError, sha256_file
 from export.machine import cache_folder, cpu_model, cpu_quota, gpu_model
 from export.preprocess import Pixels, preprocess
 from export.providers import BUCKETS, CPU, CUDA, ON_GPU, OPENVINO, TENSORRT, GpuOptions, session_providers
@@ -28,11 +28,14 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def runtime_name(device: Device, threads: int | None = None) -> str:
-    """Processor or GPU, threads, runtime and plugin: what a measurement holds for."""
+    """Processor or GPU, threads, runtime and plugins: what a measurement holds for."""
     providers = offered(device)
+    plugins = [f", {name} {_installed(packages)}" for provider, name, packages in (
+        (OPENVINO, "OpenVINO plugin", ("onnxruntime-ep-openvino",)),
+        (TENSORRT, "TensorRT", ("tensorrt-cu13-libs", "tensorrt-cu12-libs")),
+    ) if provider in providers]  # fmt: skip
     processor = gpu_model() if providers[0] in ON_GPU else cpu_model()
-    plugin = f", OpenVINO plugin {_openvino_version()}" if OPENVINO in providers else ""
-    return f"{processor}, {threads or cpu_quota()} threads, onnxruntime {ort.__version__}{plugin}"
+    return f"{processor}, {threads or cpu_quota()} threads, onnxruntime {ort.__version__}{''.join(plugins)}"
 
 
 def offered(device: Device) -> list[str]:
@@ -40,7 +43,7 @@ def offered(device: Device) -> list[str]:
     if device != "cpu":
         available = ort.get_available_providers()
         if CUDA in available and (device == "cuda" or Path("/dev/nvidiactl").exists()):
-            return [CUDA, *([TENSORRT] if TENSORRT in available and _load_tensorrt() else [])]
+            return [CUDA, *([TENSORRT] if TENSORRT in available and tensorrt_problem() == "" else [])]
         if device == "cuda":
             raise RefusalError(
                 "--device cuda was asked for, but this onnxruntime has no CUDA provider: pip install 'likewise[gpu]' "
@@ -52,16 +55,16 @@ def offered(device: Device) -> list[str]:
 class Runtime:
     """A loaded bundle.
 
-    Attributes: `bundle`, `variant`, `provider` (what ONNX Runtime chose), `provider_reason` (a sentence), `threads`.
+    Attributes: `bundle`, `variant`, `provider`, `provider_reason` (a sentence), `threads`.
     """
 
     def __init__(
         self, bundle: Bundle, device: Device = "auto", threads: int | None = None, variant: str = "fp32",
         provider: str | None = None, require_provider: bool = False, gpu: GpuOptions = GpuOptions(),
     ) -> None:  # fmt: skip
-        """Load the graph, check the canary, and on a GPU run every batch size once. `provider`: one of `offered(device)`,
-        the first where absent. With `require_provider` all of it must run there. Raises `RefusalError` when this machine
-        cannot run it faithfully."""
+        """Load the graph, on a GPU run every batch size once, and check the canary. `provider`: one of `offered(device)`,
+        the first where absent; with `require_provider` each operator must run there. Raises `RefusalError` when this
+        machine cannot run it faithfully: nothing falls back to another provider here."""
         path = bundle.graph(variant)
         needed, found = bundle.manifest.variants[variant].minimum_onnxruntime, ort.__version__
         if _version(found) < _version(needed):
@@ -72,64 +75,43 @@ class Runtime:
         self.bundle = bundle
         self.variant = variant
         self.threads = threads or cpu_quota()
-        asked_for = provider or offered(device)[0]
-        self.provider_reason = _reason(device, asked_for)
-        if gpu.graphs and asked_for != CUDA:
-            raise RefusalError(f"--cuda-graphs needs {CUDA}, and {asked_for} is what runs here: leave it out")
-        if asked_for in ON_GPU and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # without torch beside it, nothing else finds the CUDA libraries that pip installed
-        options = _session_options(self.threads)
-        if asked_for != CPU:
-            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        self.provider = provider or offered(device)[0]
+        self.provider_reason = _reason(device, self.provider)
+        given = [flag for flag, value in (("--cuda-graphs", gpu.graphs), ("--gpu-memory", gpu.memory_gib)) if value]
+        if given and self.provider != CUDA:
+            raise RefusalError(f"{given[0]} needs {CUDA}, and {self.provider} is what runs here: leave it out")
         size = bundle.manifest.encoder.image_size
-        try:
-            if asked_for == OPENVINO:
-                options.add_provider_for_devices(_openvino_devices(), {})
-                self._session = ort.InferenceSession(str(path), options)
-            else:
-                engines = cache_folder() / "tensorrt" / bundle.manifest.files[path.name].sha256[:32]
-                if asked_for == TENSORRT:
-                    engines.mkdir(parents=True, exist_ok=True)
-                providers = session_providers(asked_for, size, gpu, engines)
-                self._session = ort.InferenceSession(str(path), options, providers=providers)
-        except Exception as e:  # onnxruntime raises its own pybind types
-            raise RefusalError(f"{path} cannot be loaded by onnxruntime {found} ({e})") from e
-        self.provider: str = self._session.get_providers()[0]
-        if self.provider != asked_for and device != "auto":
-            raise RefusalError(
-                f"--device {device} was asked for and means {asked_for}, but onnxruntime loaded on {self.provider}: check "
-                "the driver, or pass --device cpu"
-            )
-        if self.provider != asked_for:
-            self.provider_reason = f"{asked_for} did not load: check the driver"
-        elif asked_for != CPU and hasattr(self._session, "get_provider_graph_assignment_info"):
+        self._session = _load(path, self.provider, self.threads, size, gpu)
+        if self.provider != CPU and hasattr(self._session, "get_provider_graph_assignment_info"):
             placed = [(part.ep_name, node.op_type) for part in self._session.get_provider_graph_assignment_info()
                       for node in part.get_nodes()]  # fmt: skip
-            elsewhere = misplaced(placed, asked_for)
+            elsewhere = misplaced(placed, self.provider)
             if elsewhere:
                 self.provider_reason += f"; {elsewhere}"
             if elsewhere and require_provider:
                 raise RefusalError(
-                    f"{path} does not run on {asked_for} alone: {elsewhere}; leave --require-provider out, or export it "
-                    "with --opset 20"
+                    f"{path} does not run on {self.provider} alone: {elsewhere}; leave --require-provider out, or export "
+                    "it with --opset 20"
                 )
-        if self.provider != asked_for and require_provider:
-            raise RefusalError(
-                f"{path} was loaded on {self.provider}, {asked_for} did not load: check the driver, or leave "
-                "--require-provider out"
-            )
-        self._pads = self.provider in ON_GPU
-        self._batches: dict[int, FixedBatch] | None = {} if gpu.graphs and self.provider == CUDA else None
         graph_input = self._session.get_inputs()[0]
         if graph_input.type != "tensor(uint8)" or list(graph_input.shape[1:]) != [size, size, 3]:
             raise RefusalError(
                 f"{path} takes {graph_input.type} {graph_input.shape}, the manifest says uint8 "
                 f"[batch, {size}, {size}, 3]: export it again"
             )
+        self._pads = self.provider in ON_GPU
+        self._fixed = FixedBatches(self._session, bundle.dim, "cuda") if gpu.graphs else None
+        if self._pads:
+            try:  # the largest first, so that the arena grows once; whoever waits, waits before "ready"
+                for batch in reversed(BUCKETS):
+                    self.embed(np.zeros((batch, size, size, 3), np.uint8))
+            except Exception as e:  # onnxruntime raises its own pybind types
+                advice = f"without {' and '.join(given)}, or " if given else ""
+                raise RefusalError(
+                    f"{path} does not run in batches of up to {BUCKETS[-1]} on {self.provider} ({e}): try {advice}"
+                    "--device cpu"
+                ) from e
         self.check_canary()
-        if self._pads:  # the largest first, so that the arena grows once; whoever waits, waits before "ready"
-            for batch in reversed(BUCKETS):
-                self.embed(np.zeros((batch, size, size, 3), np.uint8))
 
     @property
     def machine(self) -> str:
@@ -148,10 +130,8 @@ class Runtime:
             bucket = next(size for size in BUCKETS if size >= count)
             images = np.concatenate([images, np.zeros((bucket - count, *images.shape[1:]), np.uint8)])
         images = np.ascontiguousarray(images)
-        if self._batches is not None:
-            if len(images) not in self._batches:
-                self._batches.setdefault(len(images), FixedBatch(self._session, images.shape, self.bundle.dim, "cuda"))
-            return self._batches[len(images)].embed(images)[:count]
+        if self._fixed is not None:
+            return self._fixed.embed(images)[:count]
         (rows,) = self._session.run(["embedding"], {"images": images})
         result: Embeddings = rows[:count]
         return result
@@ -174,28 +154,43 @@ class Runtime:
         return lowest
 
 
-class FixedBatch:
-    """Buffers of one batch size that stay where they are: a CUDA graph, captured at the first run, reads and writes them."""
+class FixedBatches:
+    """Buffers that stay where they are, per batch size: CUDA graphs, captured at the first run of a size, read and write
+    them.
 
-    def __init__(self, session: ort.InferenceSession, shape: Sequence[int], dim: int, place: str) -> None:
-        """For images uint8 `shape` [N, H, W, 3] and rows [N, `dim`], on the device `place`."""
-        self._session = session
-        self._lock = threading.Lock()
-        self._images = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.uint8, place, 0)
-        self._rows = ort.OrtValue.ortvalue_from_shape_and_type([shape[0], dim], np.float32, place, 0)
-        self._binding = session.io_binding()
-        self._binding.bind_ortvalue_input("images", self._images)
-        self._binding.bind_ortvalue_output("embedding", self._rows)
-        self._options = ort.RunOptions()
-        self._options.add_run_config_entry("gpu_graph_id", str(shape[0]))  # one graph per batch size; 0 is reserved
+    A session with captured graphs may be run from one thread only, and the CUDA provider keeps graphs per thread
+    (onnxruntime's CUDA provider, "Using CUDA Graphs"); so everything runs on a thread of its own.
+    """
+
+    def __init__(self, session: ort.InferenceSession, dim: int, place: str) -> None:
+        """For a session that gives rows [N, `dim`], on the device `place`."""
+        self._session, self._dim, self._place = session, dim, place
+        self._bound: dict[int, tuple[ort.OrtValue, ort.OrtValue, Any, ort.RunOptions]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-graphs")
 
     def embed(self, images: Pixels) -> Embeddings:
-        """uint8 [N, H, W, 3] of the one shape → float32 [N, D]. Thread-safe."""
-        with self._lock:
-            self._images.update_inplace(images)
-            self._session.run_with_iobinding(self._binding, self._options)
-            rows: Embeddings = np.array(self._rows.numpy())
-            return rows
+        """uint8 [N, H, W, 3] → float32 [N, D]. Thread-safe."""
+        return self._thread.submit(self._run, images).result()
+
+    def _run(self, images: Pixels) -> Embeddings:
+        count = len(images)
+        if count not in self._bound:
+            self._bound[count] = self._bind(images.shape)
+        given, rows, binding, options = self._bound[count]
+        given.update_inplace(images)
+        self._session.run_with_iobinding(binding, options)
+        found: Embeddings = np.array(rows.numpy())
+        return found
+
+    def _bind(self, shape: Sequence[int]) -> tuple[ort.OrtValue, ort.OrtValue, Any, ort.RunOptions]:
+        given = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.uint8, self._place, 0)
+        rows = ort.OrtValue.ortvalue_from_shape_and_type([shape[0], self._dim], np.float32, self._place, 0)
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input("images", given)
+        binding.bind_ortvalue_output("embedding", rows)
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(shape[0]))  # one graph per batch size; 0 is reserved
+        return given, rows, binding, options
 
 
 # What ONNX Runtime computes on the CPU on purpose beside a GPU: the arithmetic of shapes.
@@ -250,11 +245,41 @@ def _session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
+def _load(path: Path, provider: str, threads: int, size: int, gpu: GpuOptions) -> ort.InferenceSession:
+    """A session on the provider. Raises `RefusalError` where that does not load."""
+    options = _session_options(threads)
+    if provider in ON_GPU and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # without torch beside it, nothing else finds the CUDA libraries that pip installed
+    if provider != CPU:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        if provider == OPENVINO:
+            options.add_provider_for_devices(_openvino_devices(), {})
+            session = ort.InferenceSession(str(path), options, enable_fallback=0)
+        else:
+            engines = cache_folder() / "tensorrt" / sha256_file(path)[:32]
+            if provider == TENSORRT:
+                engines.mkdir(parents=True, exist_ok=True)
+            providers = session_providers(provider, size, gpu, engines)
+            # onnxruntime's own fallback would drop every option and hide the reason.
+            session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    except Exception as e:  # onnxruntime raises its own pybind types
+        raise RefusalError(f"{path} cannot be loaded by onnxruntime {ort.__version__} on {provider} ({e})") from e
+    loaded = session.get_providers()[0]
+    if loaded != provider:
+        cause = "check the driver" if provider in ON_GPU else "it is not in this onnxruntime"
+        raise RefusalError(
+            f"{provider} was asked for, but onnxruntime {ort.__version__} loaded {path} on {loaded}: {cause}, or pass "
+            "--device cpu"
+        )
+    return session
+
+
 def _reason(device: Device, provider: str) -> str:
     if device != "auto":
         return "asked for"
-    if provider == CUDA:
-        return "onnxruntime has the CUDA provider and an NVIDIA driver is present"
+    if provider in ON_GPU:
+        return "onnxruntime has the provider and an NVIDIA driver is present"
     return "no NVIDIA driver or no CUDA provider on this machine"
 
 
@@ -276,26 +301,36 @@ def _openvino_devices() -> list[Any]:
     return [d for d in ort.get_ep_devices() if d.ep_name == OPENVINO and d.device.type == kind]
 
 
-def _openvino_version() -> str:
-    return version("onnxruntime-ep-openvino")
-
-
 @functools.cache
-def _load_tensorrt() -> bool:
-    """Load TensorRT 10's libraries where pip installed them (PyPI tensorrt-cu13-libs<11): nothing else makes them found."""
+def tensorrt_problem() -> str | None:
+    """Why TensorRT cannot be used though it is installed, as a sentence; '' where it can, None where it is not installed.
+
+    Loads TensorRT 10's libraries from where pip put them (PyPI tensorrt-cu13-libs<11): nothing else makes them found.
+    """
     spec = find_spec("tensorrt_libs")
     if spec is None or not spec.submodule_search_locations:
-        return False
+        return None
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # they need CUDA's
     folder = Path(spec.submodule_search_locations[0])
     try:
         for name in ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10"):
             ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
     except OSError as e:
-        raise RefusalError(
-            f"tensorrt_libs is installed, but does not load ({e}): onnxruntime {ort.__version__} needs TensorRT 10, "
-            "pip install 'tensorrt-cu13-libs<11', or uninstall it"
-        ) from e
-    return True
+        return (
+            f"TensorRT is installed, but is left out because it does not load ({e}): onnxruntime {ort.__version__} needs "
+            "TensorRT 10, pip install 'tensorrt-cu13-libs<11'"
+        )
+    return ""
+
+
+def _installed(packages: Sequence[str]) -> str:
+    for package in packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "of unknown version"
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
-"""Which graph on which provider is fastest on this machine? Measured for about a second when a bundle is first opened here,
-kept beside the bundle, and said."""
+"""Which graph on which provider is fastest on this machine? Measured for about a second when a bundle is first opened here
+(TensorRT builds its engines first), kept beside the bundle, and said."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from export.bundle import Bundle, Contract, RefusalError, write_file
 from export.machine import cache_folder
 from export.parity import GATE_PICTURES, measure_speed, read_parity
-from export.providers import CPU, CUDA, GpuOptions
-from export.runtime import Device, Runtime, offered, runtime_name
+from export.providers import CPU, CUDA, ON_GPU, TENSORRT, GpuOptions
+from export.runtime import Device, Runtime, offered, runtime_name, tensorrt_problem
 
 MIN_OVERLAP = 0.98
 """Vectors of two variants are one collection's, and a faster variant takes fp32's place, from this stored overlap@10 on."""
-FLOAT32 = (CPU, CUDA)  # OpenVINO chooses bfloat16 where the processor has it, TensorRT 19-bit floats
+FLOAT32 = (CPU, CUDA)  # OpenVINO chooses bfloat16 where the processor has it, TensorRT TF32 where the GPU has it
 BATCH = 8
 SECONDS = 0.4  # per candidate
 
@@ -30,9 +30,7 @@ class Timing(Contract):
     provider: str
     """ONNX Runtime's execution provider."""
     images_per_second: float
-    """In batches of 8; 0 where it was refused."""
-    refused: str = ""
-    """Why it cannot run here."""
+    """In batches of 8."""
 
 
 class Timings(Contract):
@@ -54,27 +52,60 @@ def open_runtime(
     """The fastest faithful runtime of a bundle on this machine; or of one variant, where asked for. Raises `RefusalError`.
 
     Candidates are fp32, and the variants meant for the device whose stored overlap with the network is at least 0.98, on
-    every provider that ONNX Runtime offers here.
+    every provider that ONNX Runtime offers here. Where none runs on a GPU that was found by itself, the CPU does, and that
+    is said, unless `require_provider`.
     """
-    candidates = [(name, provider) for provider in offered(device) for name in _eligible(bundle, provider, variant)]
+    providers = offered(device)
+    if providers[0] in ON_GPU and tensorrt_problem():
+        say(str(tensorrt_problem()))
+    if gpu.memory_gib is not None or gpu.graphs:
+        providers = [provider for provider in providers if provider != TENSORRT]
+    try:
+        return _fastest(bundle, device, threads, variant, say, require_provider, gpu, providers)
+    except RefusalError as e:
+        if device != "auto" or require_provider or providers[0] not in ON_GPU:
+            raise
+        say(f"the GPU cannot be used, the CPU is: {e}")
+        runtime = open_runtime(bundle, "cpu", threads, variant, say)
+        runtime.provider_reason = f"{providers[0]} cannot be used: {e}"
+        return runtime
+
+
+def _fastest(
+    bundle: Bundle, device: Device, threads: int | None, variant: str, say: Callable[[str], None],
+    require_provider: bool, gpu: GpuOptions, providers: Sequence[str],
+) -> Runtime:  # fmt: skip
+    candidates = [(name, provider) for provider in providers for name in _eligible(bundle, provider, variant)]
     if not candidates:  # asked for against its purpose: it runs, slowly
-        candidates = [(variant, provider) for provider in offered(device)]
+        candidates = [(variant, provider) for provider in providers]
     if len(candidates) == 1:
         return Runtime(bundle, device, threads, *candidates[0], require_provider, gpu)
-    asked = [*([] if variant == "auto" else [variant]), *(["CUDA graphs"] if gpu.graphs else [])]
+    memory = [] if gpu.memory_gib is None else [f"{gpu.memory_gib:g} GiB"]
+    asked = [*([] if variant == "auto" else [variant]), *(["CUDA graphs"] if gpu.graphs else []), *memory]
     machine = ", ".join([runtime_name(device, threads), *asked])
     kept = read_timings(bundle)
-    timings = kept.machines.get(machine, [])
-    if {(t.variant, t.provider) for t in timings} != set(candidates):
-        say(f"measuring {len(candidates)} configurations once on {machine}")
-        timings = [_time(bundle, device, threads, *candidate, gpu) for candidate in candidates]
+    known = {(t.variant, t.provider): t for t in kept.machines.get(machine, [])}
+    missing = [candidate for candidate in candidates if candidate not in known]
+    refused: dict[tuple[str, str], str] = {}
+    if missing:
+        say(f"measuring {len(missing)} configurations once on {machine}")
+        if any(provider == TENSORRT for _, provider in missing):
+            say("TensorRT builds its engines first: that takes minutes, once")
+    for candidate in missing:
+        try:
+            timing = _time(bundle, device, threads, *candidate, gpu)
+        except RefusalError as e:  # it may run another time: not kept
+            refused[candidate] = str(e)
+            say(f"  {candidate[0]:<6}{candidate[1]:<26}{e}")
+            continue
+        known[candidate] = timing
+        say(f"  {timing.variant:<6}{timing.provider:<26}{timing.images_per_second:,.1f} images/s")
+    timings = [known[candidate] for candidate in candidates if candidate in known]
+    if not timings:
+        raise RefusalError(next(iter(refused.values())))
+    if len(refused) < len(missing):
         _write(bundle, Timings(seal=bundle.manifest.seal, machines={**kept.machines, machine: timings}))
-        for timing in timings:
-            result = timing.refused or f"{timing.images_per_second:,.1f} images/s"
-            say(f"  {timing.variant:<6}{timing.provider:<26}{result}")
     best = max(timings, key=lambda t: t.images_per_second)
-    if not best.images_per_second:
-        raise RefusalError(best.refused)
     try:
         runtime = Runtime(bundle, device, threads, best.variant, best.provider, require_provider, gpu)
     except RefusalError as e:  # since it was measured, something was upgraded or broke
@@ -82,9 +113,7 @@ def open_runtime(
             raise
         say(f"{best.variant} on {best.provider} does not run any more, fp32 does: {e}")
         runtime = Runtime(bundle, device, threads, gpu=gpu)
-    others = ", ".join(
-        f"{t.variant} on {t.provider} {t.images_per_second:,.1f}" for t in timings if t != best and not t.refused
-    )
+    others = ", ".join(f"{t.variant} on {t.provider} {t.images_per_second:,.1f}" for t in timings if t != best)
     runtime.provider_reason = (
         f"{runtime.provider_reason}; {best.images_per_second:,.1f} images/s here, {others or 'nothing else runs'}"
     )
@@ -129,14 +158,9 @@ def _eligible(bundle: Bundle, provider: str, variant: str) -> list[str]:
 
 
 def _time(bundle: Bundle, device: Device, threads: int | None, variant: str, provider: str, gpu: GpuOptions) -> Timing:
-    try:
-        runtime = Runtime(bundle, device, threads, variant, provider, gpu=gpu)
-    except RefusalError as e:
-        return Timing(variant=variant, provider=provider, images_per_second=0.0, refused=str(e))
+    runtime = Runtime(bundle, device, threads, variant, provider, gpu=gpu)
     size = bundle.manifest.encoder.image_size
     noise = np.random.default_rng(0).integers(0, 256, (BATCH, size, size, 3), np.uint8)
-    if runtime.provider != provider:
-        return Timing(variant=variant, provider=provider, images_per_second=0.0, refused=runtime.provider_reason)
     speed = measure_speed(runtime, noise, BATCH, SECONDS)
     return Timing(variant=variant, provider=provider, images_per_second=speed.images_per_second)
 

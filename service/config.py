@@ -27,8 +27,8 @@ class Embedding(BaseModel):
     threads: int | None = Field(None, ge=1)
     """CPU threads; the process's quota where absent."""
     gpu_memory: float | None = Field(None, gt=0)
-    """Most GPU memory for ONNX Runtime's arena, in GiB (and for TensorRT's workspace as much again); what batches need
-    where absent."""
+    """Most GPU memory for ONNX Runtime's CUDA provider, in GiB (TensorRT is left out then); what batches need where
+    absent."""
     cuda_graphs: bool = False
     """Capture a CUDA graph per batch size and replay it: less time between small batches on a GPU."""
     limits: DecodeLimits = DecodeLimits()

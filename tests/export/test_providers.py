@@ -13,7 +13,7 @@ import pytest
 from export.bundle import Bundle, RefusalError
 from export.machine import gpu_model
 from export.providers import BUCKETS, CPU, CUDA, TENSORRT, GpuOptions, session_providers
-from export.runtime import FixedBatch, Runtime
+from export.runtime import FixedBatches, Runtime, offered
 from export.tune import open_runtime
 
 
@@ -32,10 +32,9 @@ def test_each_provider_falls_to_the_next_and_never_silently_to_another_order(tmp
 
 
 def test_memory_is_limited_where_asked(tmp_path: Path) -> None:
-    free, limited = (session_providers(TENSORRT, 224, GpuOptions(gib), tmp_path) for gib in (None, 1.5))
-    assert "gpu_mem_limit" not in options(free, CUDA) and "trt_max_workspace_size" not in options(free, TENSORRT)
-    assert options(limited, CUDA)["gpu_mem_limit"] == options(limited, TENSORRT)["trt_max_workspace_size"] == 3 * 2**29
-    assert options(limited, CUDA)["arena_extend_strategy"] == "kSameAsRequested"
+    free, limited = (options(session_providers(CUDA, 224, GpuOptions(gib), tmp_path), CUDA) for gib in (None, 1.5))
+    assert "gpu_mem_limit" not in free and limited["gpu_mem_limit"] == 3 * 2**29
+    assert limited["arena_extend_strategy"] == "kSameAsRequested" and limited["use_tf32"] == "0"
 
 
 def test_tensorrt_covers_every_batch_and_computes_what_the_graph_says(tmp_path: Path) -> None:
@@ -44,6 +43,8 @@ def test_tensorrt_covers_every_batch_and_computes_what_the_graph_says(tmp_path: 
     assert found["trt_profile_max_shapes"] == f"images:{BUCKETS[-1]}x96x96x3"
     assert not found.keys() & {"trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable"}  # else it is not strongly typed
     assert found["trt_engine_cache_path"] == str(tmp_path)
+    # onnxruntime's Python layer parses these itself and takes no other words.
+    assert {value for name, value in found.items() if name.endswith("_enable")} == {"True"}
 
 
 def test_cuda_graphs_are_captured_only_where_asked(tmp_path: Path) -> None:
@@ -52,13 +53,21 @@ def test_cuda_graphs_are_captured_only_where_asked(tmp_path: Path) -> None:
 
 
 def test_fixed_buffers_give_what_free_ones_give_from_many_threads(bundle: Path) -> None:
-    """What a CUDA graph replays: the same addresses for every batch, one run at a time."""
+    """What CUDA graphs replay: the same addresses for every batch of a size, all of them from one thread."""
     opened = Bundle.open(bundle)
     session = ort.InferenceSession(str(opened.graph()), providers=[CPU])
     side = opened.manifest.encoder.image_size
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, side, side, 3), np.uint8)
+    pixels = [np.random.default_rng(i).integers(0, 256, (1 + i % 3, side, side, 3), np.uint8) for i in range(6)]
     expected = [session.run(["embedding"], {"images": one})[0] for one in pixels]
-    fixed = FixedBatch(session, (4, side, side, 3), opened.dim, "cpu")
+    fixed = FixedBatches(session, opened.dim, "cpu")
+    used: set[int] = set()
+    real = fixed._run
+
+    def run(images: np.ndarray) -> np.ndarray:
+        used.add(threading.get_ident())
+        return real(images)
+
+    fixed._run = run  # type: ignore[method-assign]
     wrong: list[int] = []
 
     def work(number: int) -> None:
@@ -71,27 +80,35 @@ def test_fixed_buffers_give_what_free_ones_give_from_many_threads(bundle: Path) 
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not wrong and len(used) == 1 and threading.get_ident() not in used
+    assert sorted(fixed._bound) == [1, 2, 3]
 
 
-def test_cuda_graphs_on_a_cpu_are_refused(bundle: Path) -> None:
-    with pytest.raises(RefusalError, match=f"--cuda-graphs needs {CUDA}, and {CPU} is what runs here"):
-        open_runtime(Bundle.open(bundle), "cpu", 1, gpu=GpuOptions(graphs=True))
+@pytest.mark.parametrize(
+    ("gpu", "flag"), [(GpuOptions(graphs=True), "--cuda-graphs"), (GpuOptions(2.0), "--gpu-memory")]
+)
+def test_what_is_for_a_gpu_is_refused_on_a_cpu(bundle: Path, gpu: GpuOptions, flag: str) -> None:
+    with pytest.raises(RefusalError, match=f"{flag} needs {CUDA}, and {CPU} is what runs here"):
+        open_runtime(Bundle.open(bundle), "cpu", 1, gpu=gpu)
 
 
+@pytest.mark.skipif(CUDA in ort.get_available_providers(), reason="CUDA may load here")
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_a_provider_that_does_not_load_is_said_or_refused(bundle: Path) -> None:
+def test_a_provider_that_does_not_load_is_said_or_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Bundle.open(bundle)
-    runtime = Runtime(opened, "auto", 1, provider=CUDA)
-    assert runtime.provider == CPU and f"{CUDA} did not load" in runtime.provider_reason
     with pytest.raises(
-        RefusalError, match=f"was loaded on {CPU}, {CUDA} did not load: .* leave --require-provider out"
+        RefusalError, match=f"{CUDA} was asked for, but onnxruntime .* loaded .* on {CPU}: check the driver"
     ):
-        Runtime(opened, "auto", 1, provider=CUDA, require_provider=True)
-    with pytest.raises(
-        RefusalError, match=f"--device cuda was asked for and means {CUDA}, but onnxruntime loaded on {CPU}"
-    ):
-        Runtime(opened, "cuda", 1, provider=CUDA)
+        Runtime(opened, "auto", 1, provider=CUDA)
+    real = offered
+    monkeypatch.setattr("export.tune.offered", lambda device: [CUDA] if device != "cpu" else real(device))
+    said: list[str] = []
+    runtime = open_runtime(opened, "auto", 1, say=said.append)
+    assert runtime.provider == CPU and "cannot be used" in runtime.provider_reason
+    assert any("the GPU cannot be used, the CPU is" in line for line in said)
+    for device, required in (("auto", True), ("cuda", False)):
+        with pytest.raises(RefusalError, match=f"{CUDA} was asked for"):
+            open_runtime(opened, device, 1, require_provider=required)  # type: ignore[arg-type]
 
 
 def test_the_gpu_is_named_with_its_driver(tmp_path: Path) -> None:
