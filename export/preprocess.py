@@ -7,6 +7,7 @@ machine is in `DecodeLimits`.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import io
@@ -271,16 +272,20 @@ def first_folder(key: str) -> str:
 def find_pictures(folder: Path, unreadable: list[tuple[str, str]] | None = None) -> list[PictureFile]:
     """The picture files below `folder` (by suffix, hidden ones left out), sorted by key.
 
-    Symbolic links to files are followed, links to folders are not. Folders that cannot be listed are skipped and
-    appended to `unreadable` with the reason. Bytes of a name that are not UTF-8 become U+FFFD in the key.
+    Symbolic links to files are followed, links to folders are not. Folders that cannot be listed, and files of which not
+    even the size can be read, are skipped and appended to `unreadable` with the reason. Bytes of a name that are not UTF-8
+    become U+FFFD in the key.
     """
     found: dict[str, PictureFile] = {}
-    for path in _walk(folder, folder, [] if unreadable is None else unreadable):
+    unreadable = [] if unreadable is None else unreadable
+    for path in _walk(folder, folder, unreadable):
         if path.suffix.lower() not in SUFFIXES:
             continue
         try:
             status = path.stat()
-        except OSError:  # gone meanwhile, a dangling link, or a link to itself
+        except OSError as e:
+            if e.errno != errno.ENOENT or path.is_symlink():  # no rights, a link that leads nowhere: not gone
+                unreadable.append((key_of(path, folder), f"the file cannot be read ({e.strerror})"))
             continue
         if not stat.S_ISREG(status.st_mode):
             continue

@@ -31,16 +31,16 @@ from export.bundle import (
     write_file,
     write_unreadable,
 )
-from export.preprocess import PictureFile, UnreadablePictureError
+from export.preprocess import PictureFile, UnreadablePictureError, find_pictures
 from service.changes import Changes, compare
-from service.collection import MAX_KEY_BYTES, Collection
+from service.collection import Collection
 from service.config import IndexBuild, IndexSync
 from service.encoder import BUILD_BATCH, Decoded, Encoder
-from service.records import NewRow
+from service.records import MAX_KEY_BYTES, NewRow
 from service.store import NAME, NAME_RULE
 
 SHARD = 512
-NOTE = 2  # format of a shard's note
+NOTE = 3  # format of a shard's note
 
 
 def build(asked: IndexBuild) -> None:
@@ -55,13 +55,17 @@ def sync(asked: IndexSync) -> None:
 
 def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    unlisted: list[tuple[str, str]] = []
-    found = list_pictures(asked.images, unlisted)
+    unread: list[tuple[str, str]] = []
+    there = (asked.out / "collection.json").is_file()
+    if following is not None and there and asked.images.is_dir():
+        found = find_pictures(asked.images, unread)  # none at all is an answer, too
+    else:
+        found = list_pictures(asked.images, unread)
     if not NAME.fullmatch(asked.out.name):
         raise RefusalError(f"{asked.out.name!r} cannot be a collection's name: {NAME_RULE}; choose another --out")
     bundle = Bundle.open(asked.bundle)
     dry = following is not None and following.dry_run
-    if (asked.out / "collection.json").is_file():
+    if there:
         collection = Collection(asked.out, bundle.space_id)
     elif dry:
         console.print(f"{len(found):,} pictures to embed into a new collection; nothing was done (--dry-run)")
@@ -70,42 +74,60 @@ def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
         collection = Collection.create(asked.out, bundle.space_id, bundle.dim)
     try:
         before = collection.files()
-        changes = compare(before, found, [folder for folder, _ in unlisted])
-        if following is None:  # nothing goes, so what was moved is there twice
-            changes = changes._replace(embed=sorted([*changes.embed, *(p for _, p in changes.moved)]), moved=[])
-        gone = f"{len(changes.gone):,} items have no file in {asked.images} (any more)"
-        unchanged = len(found) - len(changes.embed) - len(changes.touched) - len(changes.moved)
-        console.print(
-            f"{len(found):,} pictures: {unchanged:,} as they were, {len(changes.embed):,} to embed, "
-            f"{len(changes.touched):,} with a new time only, {len(changes.moved):,} under a new name"
-            f"{f'; {gone}' if changes.gone else ''}{' and stay' if changes.gone and following is None else ''}"
-        )
-        if following is not None and len(changes.gone) > following.max_delete * len(collection):
+        changes = compare(before, found, asked.images, [key for key, _ in unread])
+        if following is None:  # nothing goes, so what was renamed is there twice
+            renamed = [p for old, p in changes.moved if old != p.key]
+            changes = changes._replace(
+                embed=sorted([*changes.embed, *renamed]), moved=[(old, p) for old, p in changes.moved if old == p.key]
+            )
+        allowed = None if following is None else following.max_delete * sum(s.size is not None for s in before.values())
+        _announce(changes, len(found), asked, following is not None, console)
+        if following is not None and allowed is not None and len(changes.gone) + len(changes.replaced) > allowed:
             raise RefusalError(
-                f"{gone}, of {len(collection):,}: more than --max-delete {following.max_delete:g} allows; nothing was "
-                "done. Check that the folder is the right one and is mounted, or pass --max-delete 1"
+                f"{len(changes.gone):,} items have no file in {asked.images} (any more), and {len(changes.replaced):,} of "
+                f"files elsewhere would be replaced, of {len(before):,}: more than --max-delete "
+                f"{following.max_delete:g} allows; nothing was done. Check that the folder is the right one and is mounted, "
+                "or pass --max-delete 1"
             )
         if dry:
             _say(changes, console)
             return
         # What comes before what goes: interrupted in between, nothing is missing.
-        written, skipped = _fill(collection, asked, bundle, changes.embed, unlisted, console)
+        written, unreadable, undecodable = _fill(collection, asked, bundle, changes.embed, unread, console)
         collection.touch((p.key, p.mtime_ns) for p in changes.touched)
         for low in range(0, len(changes.moved), SHARD):
             part = changes.moved[low : low + SHARD]
             collection.move([(old, _row({**_about(p), "sha256": before[old].sha256})) for old, p in part])
-        if following is not None:
-            collection.delete(changes.gone)
-        if collection.needs_care:
+        deleted = 0
+        if allowed is not None:
+            broken = [key for key in undecodable if key in before]  # their new bytes are no picture
+            if len(changes.gone) + len(changes.replaced) + len(broken) > allowed:
+                console.print(f"{len(broken):,} items whose file is no picture any more stay: see --max-delete")
+                broken = []
+            collection.delete([*changes.gone, *broken])
+            deleted = len(changes.gone) + len(broken)
+        if collection.flush_due or collection.merge_due:
             console.print("merging segments")
             collection.maintain()
-        deleted = f", {len(changes.gone):,} deleted" if following is not None else ""
         console.print(
-            f"done: {asked.out} holds {len(collection):,} items ({written:,} written now, {skipped} skipped{deleted})   "
+            f"done: {asked.out} holds {len(collection):,} items ({written:,} written now, {unreadable} skipped"
+            f"{f', {deleted:,} deleted' if following is not None else ''})   "
             f"next: likewise serve --bundle {asked.bundle} --collections {asked.out}"
         )
     finally:
         collection.close()
+
+
+def _announce(changes: Changes, found: int, asked: IndexBuild, deletes: bool, console: Console) -> None:
+    """What was found, in one line, and what is left alone."""
+    unchanged = found - sum(len(part) for part in (changes.embed, changes.touched, changes.moved, changes.owned))
+    gone = f"; {len(changes.gone):,} items have no file in {asked.images} (any more)" if changes.gone else ""
+    console.print(
+        f"{found:,} pictures: {unchanged:,} as they were, {len(changes.embed):,} to embed, {len(changes.touched):,} with a "
+        f"new time only, {len(changes.moved):,} under a new name{gone}{' and stay' if gone and not deletes else ''}"
+    )
+    if changes.owned:
+        console.print(f"{len(changes.owned):,} files are left alone, a client wrote their item: {changes.owned[0]}, …")
 
 
 def _say(changes: Changes, console: Console) -> None:
@@ -126,13 +148,14 @@ def _fill(
     todo: list[PictureFile],
     unlisted: list[tuple[str, str]],
     console: Console,
-) -> tuple[int, int]:
-    """Embed pictures into a segment of their own; how many were written and skipped."""
+) -> tuple[int, int, list[str]]:
+    """Embed pictures into a segment of their own: how many were written, how many skipped, and the keys of those whose
+    bytes were read and are no picture."""
     work = asked.out / "building"
     if not todo:
         shutil.rmtree(work, ignore_errors=True)  # of a build whose pictures are gone
         write_unreadable(asked.out / "unreadable.tsv", unlisted)
-        return 0, len(unlisted)
+        return 0, len(unlisted), []
     work.mkdir(exist_ok=True)
     encoder = Encoder(bundle, asked, console.print)
     refusal = encoder.mixing_refusal(collection.origins)
@@ -154,7 +177,8 @@ def _fill(
                 progress.advance(task, len(part))
     finally:
         encoder.close()
-    unreadable = [*unlisted, *((key, reason) for note in notes for key, reason in note["unreadable"])]
+    unreadable = [*unlisted, *((key, reason) for note in notes for key, reason, _ in note["unreadable"])]
+    undecodable = [key for note in notes for key, _, was_read in note["unreadable"] if was_read]
     write_unreadable(asked.out / "unreadable.tsv", unreadable)
     rows = [_row(row, encoder.origin) for note in notes for row in note["rows"]]
     if rows:
@@ -169,7 +193,7 @@ def _fill(
     animated = sum(note["animated"] for note in notes)
     if animated:
         console.print(f"{animated} pictures are animated: their first frame was used")
-    return len(rows), len(unreadable)
+    return len(rows), len(unreadable), undecodable
 
 
 def _shard(work: Path, number: int, part: Sequence[PictureFile], encoder: Encoder) -> dict[str, Any]:
@@ -190,7 +214,7 @@ def _shard(work: Path, number: int, part: Sequence[PictureFile], encoder: Encode
     for picture, future in zip(part, futures, strict=True):
         result = future.result()
         if isinstance(result, UnreadablePictureError):
-            unreadable.append((picture.key, str(result)))
+            unreadable.append((picture.key, str(result), not isinstance(result.__cause__, OSError)))
             continue
         animated += result.animated
         rows.append({**_about(picture), "sha256": result.sha256})

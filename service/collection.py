@@ -19,6 +19,7 @@ import os
 import shutil
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,15 +30,13 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from export.bundle import Embeddings, RefusalError, Sealed, make_folder, read_contract, write_file
-from service.changes import FileState
 from service.errors import DataLossError, InvalidArgumentError, MismatchError, NotFoundError
 from service.fresh import Fresh
 from service.index import Bitmap
-from service.records import NewRow, Records
-from service.segment import Segment, StoredRow, write_segment
+from service.records import MAX_KEY_BYTES, FileState, NewRow, Records
+from service.segment import Segment, StoredRow, joined, table_of, write_segment
 
 COLLECTION_FORMAT = 1
-MAX_KEY_BYTES = 512
 # Fresh rows are searched exactly; beyond this many they are worth a segment.
 FRESH_LIMIT = 10_000
 # Segments are merged when so many are of about one size, or when such a share of one's rows is dead.
@@ -155,6 +154,8 @@ class Collection:
             self._write_lock = threading.Lock()
             self._closed = False
             self._flush_lock = threading.Lock()
+            self._merge_lock = threading.Lock()  # taken before the others
+            self._stopping = False
             self._remove_orphans()
             self._view = self._load()
             self._count = self._records.count()
@@ -261,16 +262,7 @@ class Collection:
     def get(self, key: str) -> StoredItem:
         """A live item. Raises `NotFoundError`."""
         with self._open():
-            record, view = self._records.live(key), self._view
-        if record is None:
-            raise NotFoundError(f"the collection {self.name!r} has no item with the key {key!r}", "item", key)
-        if record.vector is not None:
-            return StoredItem(record.row, record.vector, record.origin)
-        for part in view.parts:
-            if part.number == record.segment:
-                vector = np.array(part.segment.vectors[part.segment.position(record.row.id)])
-                return StoredItem(record.row, vector, record.origin)
-        raise DataLossError(f"the item {key!r} is in segment {record.segment}, which is not open: restart the server")
+            return self._item(key)
 
     def files(self) -> dict[str, FileState]:
         """The file behind each key."""
@@ -290,23 +282,53 @@ class Collection:
             return []
         vectors = unit_rows(vectors, self.dim, "items.vector")
         with self._open():
-            with self._records.transaction():
-                first_id = self._records.take("id", len(rows))
-                first = self._records.take("sequence", len(rows))
-                ids, sequences = range(first_id, first_id + len(rows)), range(first, first + len(rows))
-                replaced = [self._records.live(row.key) for row in rows]
-                for i in range(len(rows)):  # one by one: a key may repeat
-                    self._records.insert(
-                        rows[i : i + 1], ids[i : i + 1], sequences[i : i + 1], None, vectors[i : i + 1]
-                    )
-            last = {row.key: i for i, row in enumerate(rows)}
-            stored = {
-                i: StoredRow(ids[i], rows[i].key, rows[i].payload, rows[i].source_uri, sequences[i])
-                for i in sorted(last.values())
-            }
-            self._sequence = sequences[-1]
-            dead = {record.row.id: record.segment for record in replaced if record is not None}
-            self._publish_writes(dead, list(stored.values()), vectors[list(stored)], [rows[i].origin for i in stored])
+            return self._write(rows, vectors, [])
+
+    def move(self, moves: Sequence[tuple[str, NewRow]]) -> None:
+        """Give items (old key, new row) other keys; vectors and their origins stay. Durable and visible on return.
+
+        Raises `NotFoundError`; then nothing was written.
+        """
+        for _, row in moves:
+            check_key(row.key, "key")
+        if not moves:
+            return
+        with self._open():
+            items = [self._item(old) for old, _ in moves]
+            rows = [row._replace(origin=item.origin) for (_, row), item in zip(moves, items, strict=True)]
+            self._write(rows, np.stack([item.vector for item in items]), [old for old, _ in moves])
+
+    def _item(self, key: str) -> StoredItem:
+        record, view = self._records.live(key), self._view
+        if record is None:
+            raise NotFoundError(f"the collection {self.name!r} has no item with the key {key!r}", "item", key)
+        if record.vector is not None:
+            return StoredItem(record.row, record.vector, record.origin)
+        for part in view.parts:
+            if part.number == record.segment:
+                vector = np.array(part.segment.vectors[part.segment.position(record.row.id)])
+                return StoredItem(record.row, vector, record.origin)
+        raise DataLossError(f"the item {key!r} is in segment {record.segment}, which is not open: restart the server")
+
+    def _write(self, rows: Sequence[NewRow], vectors: Embeddings, gone: Sequence[str]) -> list[int]:
+        """Bury the items `gone`, then insert or replace rows, in one commit. Under the write lock."""
+        with self._records.transaction():
+            first_id = self._records.take("id", len(rows))
+            first = self._records.take("sequence", len(rows))
+            ids, sequences = range(first_id, first_id + len(rows)), range(first, first + len(rows))
+            replaced = [self._records.live(key) for key in (*(row.key for row in rows), *gone)]
+            for key in gone:
+                self._records.bury(key, first)
+            for i in range(len(rows)):  # one by one: a key may repeat
+                self._records.insert(rows[i : i + 1], ids[i : i + 1], sequences[i : i + 1], None, vectors[i : i + 1])
+        last = {row.key: i for i, row in enumerate(rows)}
+        stored = {
+            i: StoredRow(ids[i], rows[i].key, rows[i].payload, rows[i].source_uri, sequences[i])
+            for i in sorted(last.values())
+        }
+        self._sequence = sequences[-1]
+        dead = {record.row.id: record.segment for record in replaced if record is not None}
+        self._publish_writes(dead, list(stored.values()), vectors[list(stored)], [rows[i].origin for i in stored])
         return list(sequences)
 
     def delete(self, keys: Sequence[str]) -> list[str]:
@@ -331,23 +353,12 @@ class Collection:
         with self._open(), self._records.transaction():
             self._records.touch(files)
 
-    def move(self, moves: Sequence[tuple[str, NewRow]]) -> None:
-        """Give items (old key, new row) other keys; vectors and their origins stay. Durable and visible on return.
-
-        Killed in between, an item may be there under both keys.
-        """
-        items = [self.get(old) for old, _ in moves]
-        rows = [row._replace(origin=item.origin) for (_, row), item in zip(moves, items, strict=True)]
-        if rows:
-            self.upsert(rows, np.stack([item.vector for item in items]))
-            self.delete([old for old, _ in moves])
-
     def add_segment(self, rows: Sequence[NewRow], vectors: Embeddings) -> None:
         """Insert or replace many rows at once, as a segment of their own. Durable and visible on return."""
         for row in rows:
             check_key(row.key, "key")
         vectors = unit_rows(vectors, self.dim, "vector")
-        with self._flush_lock, self._open():
+        with self._merge_lock, self._flush_lock, self._open():
             with self._records.transaction():  # numbers first: they are in the segment's file
                 number = self._records.take("segment")
                 first_id = self._records.take("id", len(rows))
@@ -357,8 +368,9 @@ class Collection:
                 StoredRow(i, row.key, row.payload, row.source_uri, s)
                 for i, s, row in zip(ids, sequences, rows, strict=True)
             ]
-            segment = write_segment(self._segment_folder(number), stored, vectors, [row.origin for row in rows])
-            with self._records.transaction():
+            made_by = Counter(row.origin for row in rows)
+            segment = write_segment(self._segment_folder(number), table_of(stored), vectors, made_by)
+            with self._unless_committed(number), self._records.transaction():
                 replaced = [record for row in rows if (record := self._records.live(row.key)) is not None]
                 self._records.insert(rows, ids, sequences, number, None)
                 self._records.adopt(number)
@@ -382,9 +394,10 @@ class Collection:
             folder = self._segment_folder(number)
             at = fresh.positions()
             rows = [fresh.rows[i] for i in at.tolist()]
-            segment = write_segment(folder, rows, fresh.buffer[at], [fresh.origins[i] for i in at.tolist()])
+            made_by = Counter(fresh.origins[i] for i in at.tolist())
+            segment = write_segment(folder, table_of(rows), fresh.buffer[at], made_by)
             moved = [row.id for row in rows]
-            with self._open():
+            with self._unless_committed(number), self._open():
                 with self._records.transaction():
                     self._records.adopt(number, moved)
                 # From here on nothing can fail. Rows replaced or deleted meanwhile are dead in the segment.
@@ -400,43 +413,47 @@ class Collection:
                 )
 
     @property
-    def needs_care(self) -> bool:
-        """Whether `maintain` has something to do."""
-        view = self._view
-        return view.fresh.count >= FRESH_LIMIT or bool(worth_merging(view.parts))
+    def flush_due(self) -> bool:
+        """Whether there are so many fresh rows that they are worth a segment."""
+        return self._view.fresh.count >= FRESH_LIMIT
+
+    @property
+    def merge_due(self) -> bool:
+        """Whether `compact` has something to merge."""
+        return bool(worth_merging(self._view.parts))
 
     def maintain(self) -> None:
         """Move many fresh rows into a segment; merge segments that became many, or hold many dead rows."""
-        if self._view.fresh.count >= FRESH_LIMIT:
-            self.flush()
-        while self.compact():
-            pass
+        merged = 1
+        while merged:
+            if self.flush_due:
+                self.flush()
+            merged = self.compact()
 
     def compact(self, everything: bool = False) -> int:
         """Merge segments into one without their dead rows: `everything`, or what is worth it. Returns how many were merged.
 
-        Searches and writes go on meanwhile. Killed at any point, the collection holds the old segments or the new one.
+        Searches, writes and flushes go on meanwhile. Killed at any point, the collection holds the old segments or the new.
         """
-        with self._flush_lock:
+        with self._merge_lock:
             with self._open():
                 parts = self._view.parts
                 if everything:
                     old = parts if len(parts) > 1 or any(p.count < len(p.segment) for p in parts) else ()
                 else:
                     old = worth_merging(parts)
-                if not old:
+                if not old or self._stopping:
                     return 0
                 numbers = [part.number for part in old]
                 with self._records.transaction():
                     number = self._records.take("segment")
                 before = self._records.counter("sequence")
-                origins = {i: by for n in numbers for i, by in self._records.origins(n).items()}
-            rows, vectors = _live_rows(old)
-            segment = None
-            if rows:
-                made_by = [origins[row.id] for row in rows]
-                segment = write_segment(self._segment_folder(number), rows, vectors, made_by)
-            with self._open():
+                made_by: Counter[str] = Counter()
+                for each in numbers:
+                    made_by.update(self._records.origins(each))
+            rows, vectors = joined([part.segment for part in old], [np.flatnonzero(part.flags()) for part in old])
+            segment = write_segment(self._segment_folder(number), rows, vectors, made_by) if len(rows) else None
+            with self._unless_committed(number), self._open():
                 with self._records.transaction():
                     self._records.merge(numbers, None if segment is None else number, before)
                 # From here on nothing can fail. Rows replaced or deleted meanwhile are dead in the new segment.
@@ -455,9 +472,28 @@ class Collection:
                 shutil.rmtree(self._segment_folder(gone))
             return len(old)
 
+    def shrink(self) -> None:
+        """Give room that is free in records.sqlite back to the disk."""
+        with self._open():
+            self._records.shrink()
+
+    def stop_merging(self) -> None:
+        """Begin no other merge; one that is under way ends."""
+        self._stopping = True
+
+    @contextmanager
+    def _unless_committed(self, number: int) -> Iterator[None]:
+        """Remove a written segment again when its commit fails."""
+        try:
+            yield
+        except BaseException:
+            if number not in self._records.segments():
+                shutil.rmtree(self._segment_folder(number), ignore_errors=True)
+            raise
+
     def close(self) -> None:
         """Release files and lock; waits for a write or flush that is under way. Later calls are refused."""
-        with self._flush_lock, self._write_lock:
+        with self._merge_lock, self._flush_lock, self._write_lock:
             self._closed = True
             self._records.close()
             self._lock_file.close()
@@ -535,16 +571,6 @@ def worth_merging(parts: Sequence[_Part]) -> tuple[_Part, ...]:
     chosen = {part.number for part in crowded}
     chosen |= {part.number for part in parts if len(part.segment) - part.count >= DEAD_SHARE * len(part.segment)}
     return tuple(part for part in parts if part.number in chosen)
-
-
-def _live_rows(parts: Sequence[_Part]) -> tuple[list[StoredRow], Embeddings]:
-    """Live rows of segments and their vectors [N, D], ascending by id."""
-    positions = [np.flatnonzero(part.flags()) for part in parts]
-    ids = np.concatenate([part.segment.ids[at] for part, at in zip(parts, positions, strict=True)])
-    order = np.argsort(ids)
-    rows = [part.segment.row(at) for part, where in zip(parts, positions, strict=True) for at in where.tolist()]
-    vectors = np.concatenate([part.segment.vectors[at] for part, at in zip(parts, positions, strict=True)])
-    return [rows[i] for i in order.tolist()], vectors[order]
 
 
 def check_key(key: str, field: str) -> None:

@@ -50,6 +50,7 @@ class IndexCompact(BaseModel):
             before = _bytes(self.collection)
             collection.flush()
             merged = collection.compact(everything=True)
+            collection.shrink()
             said = f"{merged} segments merged" if merged else "nothing to merge"
             console.print(
                 f"{said}: {len(collection):,} items, {before / 2**20:,.1f} → {_bytes(self.collection) / 2**20:,.1f} MiB"

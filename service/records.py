@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from export.bundle import Embeddings, RefusalError
-from service.changes import FileState
 from service.errors import DiskFullError
 from service.segment import StoredRow
 
@@ -37,12 +36,14 @@ CREATE TABLE IF NOT EXISTS items (
 CREATE UNIQUE INDEX IF NOT EXISTS items_live_key ON items (key) WHERE live = 1;
 CREATE INDEX IF NOT EXISTS items_sequence ON items (sequence);
 CREATE INDEX IF NOT EXISTS items_segment ON items (segment);
+CREATE INDEX IF NOT EXISTS items_fresh ON items (id) WHERE live = 1 AND segment IS NULL;
 CREATE TABLE IF NOT EXISTS segments (number INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 INSERT OR IGNORE INTO counters VALUES ('sequence', 0), ('id', 0), ('segment', 0);
 """
 
 
+MAX_KEY_BYTES = 512
 _RESTORE = "restore the collection from a backup, or build it again"
 
 
@@ -56,6 +57,19 @@ class NewRow(NamedTuple):
     file_size: int | None = None
     file_mtime_ns: int | None = None
     file_sha256: str | None = None
+
+
+class FileState(NamedTuple):
+    """The file behind an item when it was embedded; all absent where it came from a client."""
+
+    size: int | None
+    """Bytes."""
+    mtime_ns: int | None
+    """Time of last change, in nanoseconds since 1970."""
+    sha256: str | None
+    """Of its bytes, hexadecimal; None for items of older versions."""
+    uri: str = ""
+    """Where it lay."""
 
 
 class Record(NamedTuple):
@@ -180,10 +194,15 @@ class Records:
             self._db.execute("INSERT INTO segments VALUES (?)", (new,))
             self._db.executemany("UPDATE items SET segment = ? WHERE segment = ?", [(new, number) for number in old])
 
-    def origins(self, segment: int) -> dict[int, str]:
-        """Who made the vector of each live row of a segment, by id."""
-        found = self._db.execute("SELECT id, origin FROM items WHERE segment = ? AND live = 1", (segment,))
-        return dict(found.fetchall())
+    def origins(self, segment: int) -> dict[str, int]:
+        """How many live rows of a segment each variant and provider made."""
+        counted = "SELECT origin, count(*) FROM items WHERE segment = ? AND live = 1 GROUP BY origin"
+        return dict(self._db.execute(counted, (segment,)).fetchall())
+
+    def shrink(self) -> None:
+        """Write everything into the main file, and give room that is free in it back."""
+        self._db.execute("VACUUM")
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def live(self, key: str) -> Record | None:
         """The live row of a key."""
@@ -219,7 +238,9 @@ class Records:
 
     def files(self) -> dict[str, FileState]:
         """The file behind each live key."""
-        rows = self._db.execute("SELECT key, file_size, file_mtime_ns, file_sha256 FROM items WHERE live = 1")
+        rows = self._db.execute(
+            "SELECT key, file_size, file_mtime_ns, file_sha256, source_uri FROM items WHERE live = 1"
+        )
         return {key: FileState(*state) for key, *state in rows}
 
     def touch(self, files: Iterable[tuple[str, int]]) -> None:

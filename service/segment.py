@@ -10,8 +10,7 @@ segments/0001/
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,8 +94,8 @@ class Segment:
         self.folder = folder
         self.vectors: Embeddings = np.load(folder / "vectors.npy", mmap_mode="r")
         with pa.memory_map(str(folder / "rows.arrow")) as source:
-            table = pa.ipc.open_file(source).read_all()
-        self._columns = [table[name].combine_chunks() for name in _SCHEMA.names]
+            self.table = pa.ipc.open_file(source).read_all().combine_chunks()
+        self._columns = [self.table[name].combine_chunks() for name in _SCHEMA.names]
         self.ids: Rows = self._columns[0].to_numpy()
         self._index = read_index(folder / "index.faiss", self.manifest.rows, self.manifest.dim)
 
@@ -126,27 +125,47 @@ class Segment:
         return int(np.searchsorted(self.ids, row_id))
 
 
-def write_segment(folder: Path, rows: Sequence[StoredRow], vectors: Embeddings, origins: Sequence[str]) -> Segment:
-    """Write a whole segment durably, and open it: it is there complete, or not at all. `rows` ascend by id."""
+def table_of(rows: Sequence[StoredRow]) -> pa.Table:
+    """Rows as columns."""
+    by_column = zip(*rows, strict=True) if rows else ([] for _ in _SCHEMA)
+    columns = [pa.array(column, field.type) for column, field in zip(by_column, _SCHEMA, strict=True)]
+    return pa.Table.from_arrays(columns, schema=_SCHEMA)
+
+
+def joined(segments: Sequence[Segment], positions: Sequence[Rows]) -> tuple[pa.Table, Embeddings]:
+    """Rows of segments at `positions`, and their vectors [N, D], ascending by id."""
+    ids = np.concatenate([segment.ids[at] for segment, at in zip(segments, positions, strict=True)])
+    order = np.argsort(ids)
+    rows = pa.concat_tables([segment.table.take(at) for segment, at in zip(segments, positions, strict=True)])
+    vectors = np.empty((len(ids), segments[0].manifest.dim), np.float32)
+    places = np.argsort(order)  # where each row goes
+    ends = np.cumsum([len(at) for at in positions])
+    for segment, at, end in zip(segments, positions, ends.tolist(), strict=True):
+        vectors[places[end - len(at) : end]] = segment.vectors[at]
+    return rows.take(order), vectors
+
+
+def write_segment(folder: Path, rows: pa.Table, vectors: Embeddings, origins: Mapping[str, int]) -> Segment:
+    """Write a whole segment durably, and open it: it is there complete, or not at all. `rows` ascend by id; `origins`: how
+    many of the vectors [N, D] each variant and provider made."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     make_folder(folder.parent)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         np.save(temporary / "vectors.npy", vectors)
-        by_column = zip(zip(*rows, strict=True), _SCHEMA, strict=True)
-        columns = [pa.array(column, field.type) for column, field in by_column]
         with pa.OSFile(str(temporary / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+            writer.write_table(rows.combine_chunks())
         index, info = build_index(vectors)
         write_index(index, temporary / "index.faiss")
+        del index  # it is read again below
         manifest = SegmentManifest(
             rows=len(rows),
             dim=vectors.shape[1],
             factory=info.factory,
             nprobe=info.nprobe,
             recall_at_10=info.recall_at_10,
-            origins=dict(Counter(origins)),
+            origins=dict(origins),
             sha256={name: sha256_file(temporary / name) for name in _FILES},
         )
         write_file(temporary / "segment.json", manifest.sealed().model_dump_json(indent=2))

@@ -67,7 +67,7 @@ class Engine:
         self.encoder, self.batcher, self.store, self.metrics = encoder, batcher, store, metrics
         self._searchers = ThreadPoolExecutor(encoder.runtime.threads, thread_name_prefix="search")
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="write")
-        self._upkeep: set[asyncio.Task[None]] = set()
+        self._upkeep: dict[str, asyncio.Task[Any]] = {}
         self._upkeep_after = 0.0
 
     async def embed(
@@ -128,21 +128,34 @@ class Engine:
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writers, call, *arguments))
 
     def maintain_when_due(self, collection: Collection) -> None:
-        """Move fresh rows into a segment, and merge segments, in the background once there are many."""
-        if not self._upkeep and time.monotonic() >= self._upkeep_after and collection.needs_care:
-            task = asyncio.create_task(self.write(collection.maintain))
-            self._upkeep.add(task)
-            task.add_done_callback(self._maintained)
+        """Move fresh rows into a segment, and merge segments, in the background once there are many; one merge at a time."""
+        if time.monotonic() < self._upkeep_after:
+            return
+        for name, due, call in (
+            (f"flush of {collection.name}", collection.flush_due, collection.flush),
+            ("merge", collection.merge_due, collection.compact),
+        ):
+            if due and name not in self._upkeep:
+                task = asyncio.create_task(self.write(call))
+                self._upkeep[name] = task
+                task.add_done_callback(functools.partial(self._maintained, name, collection))
 
-    def _maintained(self, task: asyncio.Task[None]) -> None:
-        self._upkeep.discard(task)
-        if not task.cancelled() and task.exception() is not None:
+    def _maintained(self, name: str, collection: Collection, task: asyncio.Task[Any]) -> None:
+        del self._upkeep[name]
+        if task.cancelled():
+            return
+        if task.exception() is None:
+            self.maintain_when_due(collection)  # a flush may make a merge due
+        else:
             # Rows and segments stay as they were, searchable and durable; a later write tries again.
             self._upkeep_after = time.monotonic() + 60
-            _log(f"upkeep of a collection failed: {type(task.exception()).__name__}: {task.exception()}")
+            _log(f"the {name} failed: {type(task.exception()).__name__}: {task.exception()}")
 
     def close(self) -> None:
         """Wait for writes, then close the store and the threads."""
+        self._upkeep_after = float("inf")
+        for collection in self.store.all():
+            collection.stop_merging()
         self._writers.shutdown(wait=True)
         self._searchers.shutdown(wait=True)
         self.store.close()

@@ -382,16 +382,16 @@ def test_segments_of_one_size_are_merged_and_large_ones_left(collection: Collect
     collection.add_segment(rows(*(f"big{i}" for i in range(100))), unit(100))
     for i in range(3):
         collection.add_segment(rows(f"a{i}", f"b{i}"), unit(2, i))
-        assert collection.compact() == 0 and not collection.needs_care
+        assert collection.compact() == 0 and not collection.merge_due
     collection.add_segment(rows("a3", "b3"), unit(2, 3))
-    assert collection.needs_care and collection.compact() == 4
+    assert collection.merge_due and collection.compact() == 4
     assert [segment.rows for segment in collection.segments()] == [100, 8]
     collection.delete([f"big{i}" for i in range(19)])
-    assert not collection.needs_care
+    assert not collection.merge_due
     collection.delete(["big19"])  # a fifth of them
-    assert collection.needs_care
+    assert collection.merge_due
     collection.maintain()
-    assert sorted((s.rows, s.dead) for s in collection.segments()) == [(8, 0), (80, 0)] and not collection.needs_care
+    assert sorted((s.rows, s.dead) for s in collection.segments()) == [(8, 0), (80, 0)] and not collection.merge_due
 
 
 @pytest.mark.parametrize("exact_up_to", [10_000, 100])

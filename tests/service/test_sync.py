@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -112,36 +113,106 @@ def picture(folder: Path, key: str, data: bytes, mtime_ns: int = 5) -> PictureFi
     return PictureFile(key, path, len(data), mtime_ns)
 
 
-def state(data: bytes, mtime_ns: int = 5) -> FileState:
-    import hashlib
-
-    return FileState(len(data), mtime_ns, hashlib.sha256(data).hexdigest())
+def state(folder: Path, key: str, data: bytes, mtime_ns: int = 5) -> FileState:
+    return FileState(len(data), mtime_ns, hashlib.sha256(data).hexdigest(), (folder / key).as_uri())
 
 
-def test_nothing_below_a_folder_that_cannot_be_listed_is_gone(tmp_path: Path) -> None:
-    before = {
-        "a/x": state(b"1"),
-        "b/x": state(b"22"),
-        "bb/x": state(b"333"),
-        "by a client": FileState(None, None, None),
-    }
+def states(folder: Path, **data: bytes) -> dict[str, FileState]:
+    return {key.replace("__", "/"): state(folder, key.replace("__", "/"), value) for key, value in data.items()}
+
+
+CLIENT = FileState(None, None, None)
+
+
+def test_nothing_below_what_cannot_be_read_is_gone(tmp_path: Path) -> None:
+    before = {**states(tmp_path, a__x=b"1", b__x=b"22", bb__x=b"333", alone=b"5"), "by a client": CLIENT}
     found = [picture(tmp_path, "c/x", b"4444")]
-    assert compare(before, found, ["b"]).gone == ["a/x", "bb/x"]
+    assert compare(before, found, tmp_path, ["b", "alone"]).gone == ["a/x", "bb/x"]
 
 
 def test_of_equal_bytes_each_is_moved_once(tmp_path: Path) -> None:
-    before = {"old/1": state(b"same"), "old/2": state(b"same"), "old/3": state(b"else")}
+    before = states(tmp_path, old__1=b"same", old__2=b"same", old__3=b"else")
     found = [picture(tmp_path, f"new/{i}", b"same") for i in (1, 2, 3)] + [picture(tmp_path, "new/4", b"size")]
-    changes = compare(before, found, [])
+    changes = compare(before, found, tmp_path)
     assert [(old, p.key) for old, p in changes.moved] == [("old/1", "new/1"), ("old/2", "new/2")]
     assert [p.key for p in changes.embed] == ["new/3", "new/4"] and changes.gone == ["old/3"]
 
 
+def test_a_name_that_is_too_long_is_left_to_embedding(tmp_path: Path) -> None:
+    key = "/".join(["d" * 200] * 3)
+    changes = compare(states(tmp_path, old=b"same"), [picture(tmp_path, key, b"same")], tmp_path)
+    assert not changes.moved and [p.key for p in changes.embed] == [key] and changes.gone == ["old"]
+
+
+def test_what_lay_elsewhere_stays_and_is_not_replaced_unseen(tmp_path: Path) -> None:
+    before = states(tmp_path / "other", only_there=b"1", both=b"2", same=b"3")
+    here = tmp_path / "here"
+    found = [picture(here, "both", b"4"), picture(here, "same", b"3")]
+    changes = compare(before, found, here)
+    assert changes.gone == [] and changes.replaced == ["both"] and [p.key for p in changes.embed] == ["both"]
+    assert [(old, p.key) for old, p in changes.moved] == [("same", "same")]  # it lies here now
+
+
+def test_what_a_client_wrote_is_left_alone(tmp_path: Path) -> None:
+    changes = compare({"a": CLIENT}, [picture(tmp_path, "a", b"1")], tmp_path)
+    assert changes.owned == ["a"] and not changes.embed
+
+
 def test_items_of_before_digests_were_kept_are_embedded_again(tmp_path: Path) -> None:
-    before = {"a": FileState(4, 1, None), "b": FileState(4, 1, None)}
-    changes = compare(before, [picture(tmp_path, "a", b"same"), picture(tmp_path, "c", b"same")], [])
+    before = {key: FileState(4, 1, None, (tmp_path / key).as_uri()) for key in "ab"}
+    changes = compare(before, [picture(tmp_path, "a", b"same"), picture(tmp_path, "c", b"same")], tmp_path)
     assert [p.key for p in changes.embed] == ["a", "c"] and changes.gone == ["b"]
-    assert compare(before, [picture(tmp_path, "a", b"same", 1)], []).embed == []
+    assert compare(before, [picture(tmp_path, "a", b"same", 1)], tmp_path).embed == []
+
+
+def test_a_file_that_is_no_picture_any_more_loses_its_item(
+    bundle: Path, images: Path, built: Path, refused: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    (images / "star" / "00003.png").write_bytes(b"no picture")
+    assert main(sync(bundle, images, built)) == 0
+    assert "star/00003.png" not in contents(built) and len(contents(built)) == 23
+    assert "0 written now, 1 skipped, 1 deleted" in capfd.readouterr().err
+    for path in sorted(images.glob("ring/*.png")):
+        path.write_bytes(b"nor these")
+    assert main(sync(bundle, images, built, "--max-delete", "0.05")) == 0
+    assert "stay: see --max-delete" in capfd.readouterr().err and len(contents(built)) == 23
+
+
+def test_a_folder_that_was_emptied_and_one_that_was_renamed(
+    bundle: Path, images: Path, built: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    before = contents(built)
+    renamed = images.rename(tmp_path / "renamed")
+    assert "is not a folder" in refused(*sync(bundle, images, built))
+    assert main(sync(bundle, renamed, built)) == 0
+    assert contents(built) == before
+    collection = Collection(built)
+    assert all(state.uri.startswith(renamed.as_uri()) for state in collection.files().values())
+    collection.close()
+    for path in renamed.rglob("*.png"):
+        path.unlink()
+    assert "24 items have no file" in refused(*sync(bundle, renamed, built))
+    assert main(sync(bundle, renamed, built, "--max-delete", "1")) == 0
+    assert contents(built) == {}
+
+
+def test_a_move_is_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection = Collection.create(tmp_path / "c", "lw1-x", 8)
+    vectors = np.eye(8, dtype=np.float32)[:3]
+    collection.add_segment([NewRow(key, origin="fp32/x") for key in "abc"], vectors)
+    monkeypatch.setattr("service.records.Records.insert", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        collection.move([("a", NewRow("A")), ("b", NewRow("B"))])
+    monkeypatch.undo()
+    assert set(collection.files()) == set("abc")
+    collection.move([("a", NewRow("A")), ("b", NewRow("B")), ("c", NewRow("c", '{"new": 1}'))])
+    for _ in range(2):
+        assert set(collection.files()) == set("ABc") and collection.get("B").origin == "fp32/x"
+        assert np.array_equal(collection.get("A").vector, vectors[0]) and len(collection) == 3
+        assert [h.row.key for h in collection.search(vectors[2:], 1)[0]] == ["c"]
+        collection.close()
+        collection = Collection(tmp_path / "c")
+    collection.close()
 
 
 def test_a_collection_of_before_digests_opens(tmp_path: Path) -> None:
@@ -155,7 +226,7 @@ def test_a_collection_of_before_digests_opens(tmp_path: Path) -> None:
         db.execute("ALTER TABLE items DROP COLUMN file_sha256")
     db.close()
     collection = Collection(folder)
-    assert collection.files() == {"k": FileState(1, 2, None)}
+    assert collection.files() == {"k": FileState(1, 2, None, "")}
     collection.upsert([NewRow("k", file_sha256="f")], np.ones((1, 8), np.float32))
     assert collection.files()["k"].sha256 == "f"
     collection.close()
