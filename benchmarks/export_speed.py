@@ -19,7 +19,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,14 @@ from export.bundle import Bundle, Embeddings
 from export.machine import cpu_quota
 from export.parity import mean_average_precision, neighbor_overlap
 from export.preprocess import Pixels
+from export.providers import CPU
 from export.quantise import write_int8
 from export.runtime import Runtime, offered, open_graph
 from export.sample import Sample, read_sample
 from likewise import main as likewise
 from tests.shapes import write_shapes
 
-PLAIN = "fp32, CPUExecutionProvider"
+PLAIN = f"fp32, {CPU}"
 BATCH = 8
 # Ratio to plain fp32 that a configuration with fp32's neighbours should reach (overlap@10 ≥ 0.98), by processor.
 GOALS = {"AMX": 4.5, "AVX-512": 1.9}
@@ -51,10 +51,8 @@ def configurations(bundles: list[Bundle], threads: int) -> dict[str, Callable[[P
             for provider in offered("cpu"):
                 label = f"{name}{f' opset {about.opset}' if number else ''}, {provider}"
                 found[label] = Runtime(bundle, "cpu", threads, name, provider).embed
-            if threads > 1:
-                found[f"{name}{f' opset {about.opset}' if number else ''}, two sessions"] = halves(
-                    bundle, name, threads
-                )
+                if threads > 1 and provider == CPU:
+                    found[f"{label}, two sessions"] = Runtime(bundle, "cpu", threads, name, provider, sessions=2).embed
     direct = openvino(bundles[0], threads)
     if direct is not None:
         found["fp32, openvino package"] = direct
@@ -70,19 +68,6 @@ def refused(bundle: Bundle, pixels: Pixels, folder: Path) -> dict[str, Callable[
     return {
         "int8 static (not in the bundle)": lambda some: session({"images": np.ascontiguousarray(some)}, "embedding")
     }
-
-
-def halves(bundle: Bundle, variant: str, threads: int) -> Callable[[Pixels], Embeddings]:
-    """Two sessions of half the threads on the CPU, each for half of a batch."""
-    sessions = [Runtime(bundle, "cpu", threads // 2, variant, "CPUExecutionProvider") for _ in range(2)]
-    pool = ThreadPoolExecutor(2)
-
-    def embed(pixels: Pixels) -> Embeddings:
-        middle = (len(pixels) + 1) // 2
-        parts = pool.map(lambda runtime, part: runtime.embed(part), sessions, (pixels[:middle], pixels[middle:]))
-        return np.concatenate(list(parts))
-
-    return embed
 
 
 def openvino(bundle: Bundle, threads: int) -> Callable[[Pixels], Embeddings] | None:
@@ -153,7 +138,7 @@ def compare(
     spec = bundles[0].manifest.encoder
     network = f"{spec.model} at {spec.image_size} px"
     print(f"\n{cpu_name()}, {args.threads} threads; {network}; {len(pixels)} pictures, {rounds} rounds")
-    print(f"  {'':<38}{'images/s':>9}{'ratio':>7}{'overlap@10':>12}{'min cosine':>12}{'mAP %':>8}")
+    print(f"  {'':<48}{'images/s':>9}{'ratio':>7}{'overlap@10':>12}{'min cosine':>12}{'mAP %':>8}")
     table = {}
     for name, seconds in times.items():
         speed = BATCH / statistics.median(seconds)
@@ -166,10 +151,10 @@ def compare(
             "map": precision.get(name),
         }
         of_labels = f"{100 * precision[name]:>8.2f}" if labels else ""
-        print(f"  {name:<38}{speed:>9.1f}{ratio:>7.2f}{overlaps[name]:>12.3f}{cosines[name]:>12.6f}{of_labels}")
+        print(f"  {name:<48}{speed:>9.1f}{ratio:>7.2f}{overlaps[name]:>12.3f}{cosines[name]:>12.6f}{of_labels}")
     kind = next((k for k in GOALS if k in cpu_name()), None)
-    # What `auto` can choose of the bundle: a variant on a provider, in one session.
-    choosable = [n for n in table if n.endswith("ExecutionProvider") and "opset" not in n]
+    # What `auto` can choose of the bundle: a variant on a provider, in one session or two.
+    choosable = [n for n in table if "ExecutionProvider" in n and "opset" not in n]
     faithful = max(table[n]["ratio"] for n in choosable if table[n]["overlap_at_10"] >= 0.98)
     plain = [
         table[n]["ratio"]

@@ -99,7 +99,7 @@ def describe(bundle: Bundle) -> list[str]:
         lines += ["", table(report)]
         lines += [f"  measured on {machine}" for machine in sorted({m.machine for m in report.measurements})]
     for machine, timings in read_timings(bundle).machines.items():
-        tried = [f"{t.variant} on {t.provider} {t.images_per_second:,.1f} images/s" for t in timings]
+        tried = [f"{t.candidate} {t.images_per_second:,.1f} images/s" for t in timings]
         lines.append(f"fastest of {', '.join(tried)} (batches of 8, {machine})")
     return lines
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
 
 from export.bundle import Bundle, Contract, RefusalError, write_file
-from export.machine import cache_folder
+from export.machine import cache_folder, cpu_quota
 from export.parity import GATE_PICTURES, measure_speed, read_parity
 from export.providers import CPU, CUDA, ON_GPU, TENSORRT, GpuOptions
 from export.runtime import Device, Runtime, offered, runtime_name, tensorrt_problem
@@ -22,6 +23,17 @@ BATCH = 8
 SECONDS = 0.4  # per candidate
 
 
+class Candidate(NamedTuple):
+    """A way to run a bundle."""
+
+    variant: str
+    provider: str
+    sessions: int
+
+    def __str__(self) -> str:
+        return f"{self.variant} on {self.provider}{f' in {self.sessions} sessions' if self.sessions > 1 else ''}"
+
+
 class Timing(Contract):
     """One candidate on one machine."""
 
@@ -29,8 +41,15 @@ class Timing(Contract):
     """Which graph."""
     provider: str
     """ONNX Runtime's execution provider."""
+    sessions: int = 1
+    """How many share the threads and the pictures of a batch."""
     images_per_second: float
     """In batches of 8."""
+
+    @property
+    def candidate(self) -> Candidate:
+        """What was timed."""
+        return Candidate(self.variant, self.provider, self.sessions)
 
 
 class Timings(Contract):
@@ -75,31 +94,37 @@ def _fastest(
     bundle: Bundle, device: Device, threads: int | None, variant: str, say: Callable[[str], None],
     require_provider: bool, gpu: GpuOptions, providers: Sequence[str],
 ) -> Runtime:  # fmt: skip
-    candidates = [(name, provider) for provider in providers for name in _eligible(bundle, provider, variant)]
-    if not candidates:  # asked for against its purpose: it runs, slowly
-        candidates = [(variant, provider) for provider in providers]
+    runs = [(name, provider) for provider in providers for name in _eligible(bundle, provider, variant)]
+    if not runs:  # asked for against its purpose: it runs, slowly
+        runs = [(variant, provider) for provider in providers]
+    several = (threads or cpu_quota()) > 1
+    candidates = [
+        Candidate(name, provider, sessions)
+        for name, provider in runs
+        for sessions in ((1, 2) if several and provider == CPU else (1,))
+    ]
     if len(candidates) == 1:
-        return Runtime(bundle, device, threads, *candidates[0], require_provider, gpu)
+        return Runtime(bundle, device, threads, *runs[0], require_provider, gpu)
     memory = [] if gpu.memory_gib is None else [f"{gpu.memory_gib:g} GiB"]
     asked = [*([] if variant == "auto" else [variant]), *(["CUDA graphs"] if gpu.graphs else []), *memory]
     machine = ", ".join([runtime_name(device, threads), *asked])
     kept = read_timings(bundle)
-    known = {(t.variant, t.provider): t for t in kept.machines.get(machine, [])}
+    known = {t.candidate: t for t in kept.machines.get(machine, [])}
     missing = [candidate for candidate in candidates if candidate not in known]
-    refused: dict[tuple[str, str], str] = {}
+    refused: dict[Candidate, str] = {}
     if missing:
         say(f"measuring {len(missing)} configurations once on {machine}")
-        if any(provider == TENSORRT for _, provider in missing):
+        if any(candidate.provider == TENSORRT for candidate in missing):
             say("TensorRT builds its engines first: that takes minutes, once")
     for candidate in missing:
         try:
-            timing = _time(bundle, device, threads, *candidate, gpu)
+            timing = _time(bundle, device, threads, candidate, gpu)
         except RefusalError as e:  # it may run another time: not kept
             refused[candidate] = str(e)
-            say(f"  {candidate[0]:<6}{candidate[1]:<26}{e}")
+            say(f"  {candidate}: {e}")
             continue
         known[candidate] = timing
-        say(f"  {timing.variant:<6}{timing.provider:<26}{timing.images_per_second:,.1f} images/s")
+        say(f"  {candidate!s:<52}{timing.images_per_second:>9,.1f} images/s")
     timings = [known[candidate] for candidate in candidates if candidate in known]
     if not timings:
         raise RefusalError(next(iter(refused.values())))
@@ -107,16 +132,15 @@ def _fastest(
         _write(bundle, Timings(seal=bundle.manifest.seal, machines={**kept.machines, machine: timings}))
     best = max(timings, key=lambda t: t.images_per_second)
     try:
-        runtime = Runtime(bundle, device, threads, best.variant, best.provider, require_provider, gpu)
+        runtime = Runtime(bundle, device, threads, best.variant, best.provider, require_provider, gpu, best.sessions)
     except RefusalError as e:  # since it was measured, something was upgraded or broke
         if require_provider:
             raise
-        say(f"{best.variant} on {best.provider} does not run any more, fp32 does: {e}")
+        say(f"{best.candidate} does not run any more, fp32 does: {e}")
         runtime = Runtime(bundle, device, threads, gpu=gpu)
-    others = ", ".join(f"{t.variant} on {t.provider} {t.images_per_second:,.1f}" for t in timings if t != best)
-    runtime.provider_reason = (
-        f"{runtime.provider_reason}; {best.images_per_second:,.1f} images/s here, {others or 'nothing else runs'}"
-    )
+    others = ", ".join(f"{t.candidate} {t.images_per_second:,.1f}" for t in timings if t != best)
+    measured = f"{best.candidate} {best.images_per_second:,.1f} images/s here, {others or 'nothing else'}"
+    runtime.provider_reason = f"{runtime.provider_reason}; {measured}"
     return runtime
 
 
@@ -157,12 +181,13 @@ def _eligible(bundle: Bundle, provider: str, variant: str) -> list[str]:
     return found
 
 
-def _time(bundle: Bundle, device: Device, threads: int | None, variant: str, provider: str, gpu: GpuOptions) -> Timing:
-    runtime = Runtime(bundle, device, threads, variant, provider, gpu=gpu)
+def _time(bundle: Bundle, device: Device, threads: int | None, candidate: Candidate, gpu: GpuOptions) -> Timing:
+    variant, provider, sessions = candidate
+    runtime = Runtime(bundle, device, threads, variant, provider, gpu=gpu, sessions=sessions)
     size = bundle.manifest.encoder.image_size
     noise = np.random.default_rng(0).integers(0, 256, (BATCH, size, size, 3), np.uint8)
     speed = measure_speed(runtime, noise, BATCH, SECONDS)
-    return Timing(variant=variant, provider=provider, images_per_second=speed.images_per_second)
+    return Timing(variant=variant, provider=provider, sessions=sessions, images_per_second=speed.images_per_second)
 
 
 def _places(bundle: Bundle) -> list[Path]:
