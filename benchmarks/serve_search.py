@@ -33,6 +33,7 @@ from service.index import build_index, search_index
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.records import NewRow
+from tests.service.running import address_of
 from tests.shapes import write_shapes
 
 IN_FLIGHT = 32
@@ -138,8 +139,7 @@ def main() -> None:
         [sys.executable, "-m", "likewise", *serve, "--metrics-port", "0", "--device", args.device],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert server.stderr is not None
-    address = server.stderr.readline().split(" on ")[1].split()[0]
+    address = address_of(server)
     try:
         figures = asyncio.run(measure(address, bundle, vectors, args.device, images, queries, rounds))
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.service.running import address_of
 from tests.service.test_server import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,11 +58,11 @@ def test_its_steps_make_a_server_without_torch(bundle: Path, tmp_path: Path) -> 
         [*serve, "--port", str(port), "--metrics-port", "0"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     try:
-        assert server.stderr is not None
-        assert server.stderr.readline().startswith("serving lw1-")
+        assert address_of(server) == f"127.0.0.1:{port}"
         check = subprocess.run([likewise, "healthcheck", "--server", f"127.0.0.1:{port}"], cwd=tmp_path, check=False)
         assert check.returncode == 0
     finally:
         server.terminate()
         assert server.wait(20) == 0
+        assert server.stderr is not None
         server.stderr.close()

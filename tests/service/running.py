@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import threading
 from typing import Any
 
 from service.config import Serve
 from service.server import Server
+
+
+def address_of(server: subprocess.Popen[str]) -> str:
+    """Where a `likewise serve` process listens, once it says so on its standard error."""
+    assert server.stderr is not None
+    said = ""
+    for line in server.stderr:  # it ends with the process
+        if line.startswith("serving lw1-"):
+            return line.split(" on ")[1].split()[0]
+        said += line
+    raise AssertionError(said)
 
 
 class Running:

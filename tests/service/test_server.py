@@ -34,7 +34,7 @@ from service.pb import likewise_pb2_grpc as pb_grpc
 from service.server import SERVICES
 from service.sheet import picture_of
 from tests.conftest import encode, noise
-from tests.service.running import Running
+from tests.service.running import Running, address_of
 
 
 def free_port() -> int:
@@ -472,10 +472,7 @@ def start(*arguments: object) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "likewise", "serve", *map(str, arguments)], stderr=subprocess.PIPE, text=True
     )
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    assert line.startswith("serving "), line + process.stderr.read()
-    return process, line.split(" on ")[1].split()[0]
+    return process, address_of(process)
 
 
 def test_sigterm_finishes_and_keeps_every_write(bundle: Path, indexed: Path, tmp_path: Path) -> None:
