@@ -238,9 +238,10 @@ def _shard(work: Path, number: int, part: Sequence[PictureFile], encoder: Encode
 
 def _about(picture: PictureFile) -> dict[str, Any]:
     """What a row says of its file, beside the digest."""
+    place = picture.path.parent.resolve() / picture.path.name  # of a link: where it lies, not where it leads
     return {
-        "key": picture.key, "size": picture.size, "mtime_ns": picture.mtime_ns,
-        "uri": picture.path.resolve().as_uri(), "payload": json.dumps({"folder": picture.folder}),
+        "key": picture.key, "size": picture.size, "mtime_ns": picture.mtime_ns, "uri": place.as_uri(),
+        "payload": json.dumps({"folder": picture.folder}),
     }  # fmt: skip
 
 

@@ -49,6 +49,8 @@ def test_it_ends_as_a_new_build_would(
     (images / "new.png").write_bytes(encode(noise(32, 32, 5), "PNG"))
     (images / "star" / "00003.png").write_bytes(encode(noise(32, 32, 6), "PNG"))  # other bytes
     os.utime(images / "ring" / "00005.png", ns=(1, 1))  # the same bytes
+    (tmp_path / "outside.png").write_bytes(encode(noise(32, 32, 8), "PNG"))
+    (images / "link.png").symlink_to(tmp_path / "outside.png")
     (images / "deep" / "er").mkdir(parents=True)
     moved = sorted(images.glob("circle/*.png"))[0]
     moved.rename(images / "deep" / "er" / "moved.png")
@@ -60,8 +62,8 @@ def test_it_ends_as_a_new_build_would(
     monkeypatch.setattr(service.build, "_read", lambda encoder, p: embedded.append(p.key) or real(encoder, p))
     assert main(sync(bundle, images, built)) == 0
     said = capfd.readouterr().err
-    assert "2 to embed, 1 with a new time only, 1 under a new name; 1 items have no file" in said
-    assert sorted(embedded) == ["new.png", "star/00003.png"]
+    assert "3 to embed, 1 with a new time only, 1 under a new name; 1 items have no file" in said
+    assert sorted(embedded) == ["link.png", "new.png", "star/00003.png"]
     assert main(command(bundle, images, tmp_path / "fresh")) == 0
     found, expected = contents(built), contents(tmp_path / "fresh")
     assert found.pop("from a client") and found.keys() == expected.keys()
@@ -80,7 +82,7 @@ def test_it_ends_as_a_new_build_would(
     before = contents(built)
     capfd.readouterr()
     assert main(sync(bundle, images, built)) == 0
-    assert "24 pictures: 24 as they were, 0 to embed, 0 with a new time only, 0 under" in capfd.readouterr().err
+    assert "25 pictures: 25 as they were, 0 to embed, 0 with a new time only, 0 under" in capfd.readouterr().err
     assert contents(built) == before
 
 
