@@ -11,6 +11,7 @@
         canary/*             small encoded pictures whose embeddings are known
         parity.json          measurements and the machines they were made on, outside every hash; parity.png, their picture
         machine.json         speed of each graph on the machines that opened it, outside every hash
+        .lock                held by a process that adds to it
 
 Free of torch.
 """
