@@ -145,7 +145,7 @@ def main() -> None:
     stabilised = [v["mean"] for n, v in table.items() if n.startswith("SOP +") and not n.endswith(("nano", "micro"))]
     goals = []
     if stabilised and "DINO" in table:
-        baselines = [table[name]["mean"] for name in ("DINO", "DINO + KoLeo 0.1") if name in table]
+        baselines = [v["mean"] for n, v in table.items() if n.startswith("DINO") and not n.endswith("micro")]
         goals = [("best_SOP_minus_best_DINO_points", max(stabilised) - max(baselines), 0.0)]
     cpu_hours = sum(line["cpu_minutes"] for line in done) / 60
     figures = {"table": table, "runs": done, "cpu_hours": cpu_hours}
