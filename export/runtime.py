@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
-from export.bundle import Bundle, Embeddings, RefusalError, sha256_file
+from export.bundle import Bundle, Embeddings, RefusalError
 from export.machine import cache_folder, cpu_model, cpu_quota, gpu_model
 from export.preprocess import Pixels, preprocess
 from export.providers import BUCKETS, CPU, CUDA, ON_GPU, OPENVINO, TENSORRT, GpuOptions, session_providers
@@ -84,7 +84,8 @@ class Runtime:
         size = bundle.manifest.encoder.image_size
         self.sessions = sessions
         each = max(1, self.threads // sessions)
-        self._session, *self._others = (_load(path, self.provider, each, size, gpu) for _ in range(sessions))
+        engines = cache_folder() / "tensorrt" / bundle.manifest.files[path.name].sha256[:32]
+        self._session, *self._others = (_load(path, self.provider, each, size, gpu, engines) for _ in range(sessions))
         self._pool = ThreadPoolExecutor(sessions - 1, thread_name_prefix="embed") if self._others else None
         if self.provider != CPU and hasattr(self._session, "get_provider_graph_assignment_info"):
             placed = [(part.ep_name, node.op_type) for part in self._session.get_provider_graph_assignment_info()
@@ -257,7 +258,7 @@ def _session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-def _load(path: Path, provider: str, threads: int, size: int, gpu: GpuOptions) -> ort.InferenceSession:
+def _load(path: Path, provider: str, threads: int, size: int, gpu: GpuOptions, engines: Path) -> ort.InferenceSession:
     """A session on the provider. Raises `RefusalError` where that does not load."""
     options = _session_options(threads)
     if provider in ON_GPU and hasattr(ort, "preload_dlls"):
@@ -269,7 +270,6 @@ def _load(path: Path, provider: str, threads: int, size: int, gpu: GpuOptions) -
             options.add_provider_for_devices(_openvino_devices(), {})
             session = ort.InferenceSession(str(path), options, enable_fallback=0)
         else:
-            engines = cache_folder() / "tensorrt" / sha256_file(path)[:32]
             if provider == TENSORRT:
                 engines.mkdir(parents=True, exist_ok=True)
             providers = session_providers(provider, size, gpu, engines)
