@@ -293,18 +293,23 @@ def test_readers_run_while_one_writes(collection: Collection) -> None:
     assert problems == []
 
 
-def test_writes_during_a_flush_are_kept(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+def write_meanwhile(collection: Collection, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the next segment is being written, "a" is deleted, "b" replaced and `new` inserted."""
     import service.collection as module
 
-    collection.upsert(rows("a", "b", "c"), unit(3))
     real = module.write_segment
 
     def slow(*arguments: object) -> Segment:
-        collection.delete(["a"])  # while the segment is being written
-        collection.upsert(rows("b", "d"), unit(2, 9))
+        collection.delete(["a"])
+        collection.upsert(rows("b", new), unit(2, 9))
         return real(*arguments)
 
     monkeypatch.setattr(module, "write_segment", slow)
+
+
+def test_writes_during_a_flush_are_kept(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection.upsert(rows("a", "b", "c"), unit(3))
+    write_meanwhile(collection, "d", monkeypatch)
     collection.flush()
     monkeypatch.undo()
     for _ in range(2):
@@ -317,19 +322,10 @@ def test_writes_during_a_flush_are_kept(collection: Collection, monkeypatch: pyt
 
 
 def test_writes_during_a_compaction_are_kept(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
-    import service.collection as module
-
     collection.add_segment(rows("a", "b", "c"), unit(3))
     collection.add_segment(rows("d", "e"), unit(2, 5))
     collection.delete(["c"])
-    real = module.write_segment
-
-    def slow(*arguments: object) -> Segment:
-        collection.delete(["a"])  # while the segment is being written
-        collection.upsert(rows("b", "f"), unit(2, 9))
-        return real(*arguments)
-
-    monkeypatch.setattr(module, "write_segment", slow)
+    write_meanwhile(collection, "f", monkeypatch)
     assert collection.compact(everything=True) == 2
     monkeypatch.undo()
     for _ in range(2):
