@@ -336,23 +336,24 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(request: Any, context: Context) -> Any:
             start = time.monotonic()
-            code = "CANCELLED"
+            code, refused = "CANCELLED", None
             self._metrics.in_flight.inc()
             try:
                 response = await inner(request, context)
                 code = "OK"
-                return response
             except ServiceError as e:
-                code = _code_name(e)
-                await _abort(context, e)
+                code, refused = _code_name(e), e
             except Exception as e:
                 code = "INTERNAL"
+                refused = InternalError("the server failed on this request; its log has the traceback")
                 _log(f"{method} failed with {type(e).__name__}: {e}\n{traceback.format_exc()}")
-                await _abort(context, InternalError("the server failed on this request; its log has the traceback"))
-            finally:
+            finally:  # before the answer leaves: whoever has it finds it counted
                 self._metrics.in_flight.dec()
                 self._metrics.requests.labels(method=method, code=code).inc()
                 self._metrics.request_seconds.labels(method=method).observe(time.monotonic() - start)
+            if refused is not None:
+                await _abort(context, refused)
+            return response
 
         return grpc.unary_unary_rpc_method_handler(
             call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
