@@ -29,7 +29,7 @@ from likewise import main as likewise
 from service.collection import Collection
 from service.config import Embedding
 from service.encoder import Encoder
-from service.index import build_index, search_index
+from service.index import Effort, build_index, search_index
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.records import NewRow
@@ -198,7 +198,7 @@ async def measure(
                         ("decode + ONNX Runtime, images/s", raw_embedding(encoder, pictures, images)),
                         ("embed over gRPC, images/s", await rate(picture, images)),
                         ("echo RPC, calls/s", await rate(lambda i: call(request), queries)),
-                        ("raw FAISS, single queries/s", raw_faiss(index, info.nprobe, asked, queries)),
+                        ("raw FAISS, single queries/s", raw_faiss(index, info.effort, asked, queries)),
                         ("search over gRPC, queries/s", await rate(ask, queries)),
                     ):
                         found.setdefault(name, []).append(value)
@@ -211,12 +211,12 @@ async def measure(
     }
 
 
-def raw_faiss(index: object, nprobe: int, asked: list[list[float]], count: int) -> float:
+def raw_faiss(index: object, effort: Effort, asked: list[list[float]], count: int) -> float:
     """Single queries per second of the index itself, from as many threads as the server uses."""
     queries = np.array(asked, np.float32)
     start = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda i: search_index(index, queries[i % len(queries)][None], 10, nprobe, None), range(count)))
+        list(pool.map(lambda i: search_index(index, queries[i % len(queries)][None], 10, effort, None), range(count)))
     return count / (time.perf_counter() - start)
 
 

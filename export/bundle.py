@@ -287,14 +287,17 @@ class Bundle:
 Model = TypeVar("Model", bound=Contract)
 
 
-def read_contract(path: Path, model: type[Model], format_version: int, what_to_do: str) -> Model:
-    """Parse a stored contract. Raises `RefusalError` on damage and on formats from the future."""
+def read_contract(
+    path: Path, model: type[Model], format_version: int, what_to_do: str, oldest: int | None = None
+) -> Model:
+    """Parse a stored contract of format `oldest` (or `format_version` alone) to `format_version`. Raises `RefusalError` on
+    damage and on other formats."""
     try:
         fields = json.loads(path.read_bytes())
         found = fields["format_version"]
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise RefusalError(f"{path} cannot be read ({type(e).__name__}: {e}): {what_to_do}") from None
-    if found != format_version:
+    if not isinstance(found, int) or not (oldest or format_version) <= found <= format_version:
         raise RefusalError(
             f"{path} has format {found}, this version of likewise reads format {format_version}: "
             "install the version that wrote it"
@@ -305,7 +308,8 @@ def read_contract(path: Path, model: type[Model], format_version: int, what_to_d
         first = e.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RefusalError(f"{path} is damaged at {where} ({first['msg']}): {what_to_do}") from None
-    if isinstance(found_model, Sealed) and found_model.seal != found_model.digest():
+    # Over what is written there: fields that came later are not in it.
+    if isinstance(found_model, Sealed) and found_model.seal != sha256_json({**fields, "seal": ""}):
         raise RefusalError(f"{path} does not match its own checksum: {what_to_do}")
     return found_model
 

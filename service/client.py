@@ -23,6 +23,8 @@ from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 
 DEFAULT_SERVER = "localhost:50051"
+PAGE = 1000
+MAX_NEIGHBORS = 10_000
 
 
 class CallError(Exception):
@@ -50,6 +52,18 @@ class Neighbor(NamedTuple):
     score: float
     payload: dict[str, Any]
     source_uri: str
+    group: int | None = None
+    """Number of its group, from 0, in a grouped search."""
+
+
+class Example(NamedTuple):
+    """One of several things to look for: `image` (encoded bytes), `vector` (float32 [D]) or `key` of a stored item."""
+
+    image: bytes | None = None
+    vector: Embeddings | Sequence[float] | None = None
+    key: str | None = None
+    weight: float = 1.0
+    """How much it counts; negative for what neighbours should be unlike."""
 
 
 class Item(NamedTuple):
@@ -135,11 +149,23 @@ class Client:
 
     def search(
         self, collection: str, *, image: bytes | None = None, vector: Embeddings | Sequence[float] | None = None,
-        key: str | None = None, top_k: int = 10, min_score: float | None = None, space_id: str = "",
+        key: str | None = None, examples: Sequence[Example] | None = None, top_k: int = 10, min_score: float | None = None,
+        filter: str = "", group_by: str = "", group_size: int = 1, expand: int = 0, alpha: float = 3.0,
+        space_id: str = "",
     ) -> list[Neighbor]:  # fmt: skip
-        """Neighbours of a picture, a vector or a stored item (give one of them), best first."""
-        if sum(given is not None for given in (image, vector, key)) > 1:
-            raise CallError("several of image, vector and key were given: give one", "INVALID_ARGUMENT", "BAD_REQUEST")
+        """Neighbours of a picture, a vector, a stored item or several examples (give one of them), best first.
+
+        `filter`: AIP-160, such as `color = red AND price < 10`. `group_by`: a payload field; `top_k` then counts groups.
+        `expand`: move the query towards so many of its neighbours first. More than 1,000 neighbours come in pages.
+        """
+        if sum(given is not None for given in (image, vector, key, examples)) > 1:
+            raise CallError(
+                "several of image, vector, key and examples were given: give one", "INVALID_ARGUMENT", "BAD_REQUEST"
+            )
+        if top_k > MAX_NEIGHBORS:
+            raise CallError(
+                f"top_k is {top_k}, 1 to {MAX_NEIGHBORS} are allowed: ask for fewer", "INVALID_ARGUMENT", "BAD_TOP_K"
+            )
         with _as_call_error():
             query = pb.Query(
                 image=None if image is None else pb.Image(content=image),
@@ -147,11 +173,28 @@ class Client:
             )
             if key is not None:
                 query.key = key
-            request = pb.SearchRequest(collection=collection, query=query, top_k=top_k, min_score=min_score)
-        return [
-            Neighbor(n.item.key, n.score, json_format.MessageToDict(n.item.payload), n.item.source_uri)
-            for n in self._call(self._search.Search, request).neighbors
-        ]
+            if examples is not None:
+                query.examples.SetInParent()
+                query.examples.examples.extend(_example(each, space_id) for each in examples)
+            request = pb.SearchRequest(
+                collection=collection, query=query, top_k=top_k, min_score=min_score, filter=filter, group_by=group_by,
+                group_size=group_size if group_by else None,
+                expansion=pb.Expansion(neighbors=expand, alpha=alpha) if expand else None,
+            )  # fmt: skip
+        found: list[Neighbor] = []
+        while True:
+            request.top_k = min(top_k - len(found), PAGE) if not group_by else top_k
+            response = self._call(self._search.Search, request)
+            found += [
+                Neighbor(
+                    n.item.key, n.score, json_format.MessageToDict(n.item.payload), n.item.source_uri,
+                    n.group if n.HasField("group") else None,
+                )
+                for n in response.neighbors
+            ]  # fmt: skip
+            request.page_token = response.next_page_token
+            if not request.page_token or len(found) >= top_k:
+                return found
 
     def upsert(self, collection: str, items: Sequence[NewItem], space_id: str = "") -> list[int | CallError]:
         """Insert or replace at most 256 items; a sequence number each, or a `CallError` in the place of one that failed."""
@@ -234,6 +277,17 @@ def _as_call_error() -> Iterator[None]:
 
 def _vector(values: Embeddings | Sequence[float], space_id: str) -> pb.Vector:
     return pb.Vector(values=np.asarray(values, np.float32).tolist(), space_id=space_id)
+
+
+def _example(example: Example, space_id: str) -> pb.Example:
+    made = pb.Example(weight=example.weight)
+    if example.image is not None:
+        made.image.content = example.image
+    if example.vector is not None:
+        made.vector.CopyFrom(_vector(example.vector, space_id))
+    if example.key is not None:
+        made.key = example.key
+    return made
 
 
 def _new_item(item: NewItem, space_id: str) -> pb.NewItem:

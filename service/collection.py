@@ -6,7 +6,7 @@
         segments/NNNN/     immutable vectors and index
         lock               held by the one process that writes
 
-A search is exact over the fresh rows plus FAISS over the segments, on an immutable `_View` that writers replace; so
+A search is exact over the fresh rows plus FAISS over the segments, on an immutable `View` that writers replace; so
 readers never wait, and see every acknowledged write.
 """
 
@@ -19,10 +19,10 @@ import os
 import shutil
 import socket
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -31,14 +31,21 @@ import numpy as np
 
 from export.bundle import Embeddings, RefusalError, Sealed, make_folder, read_contract, write_file
 from service.errors import DataLossError, InvalidArgumentError, MismatchError, NotFoundError
+from service.filter import Filter
 from service.fresh import Fresh
-from service.index import Bitmap
-from service.records import MAX_KEY_BYTES, FileState, NewRow, Records
-from service.segment import Segment, StoredRow, joined, table_of, write_segment
+from service.index import IndexInfo, IndexPolicy
+from service.records import MAX_KEY_BYTES, ClosedError, FileState, NewRow, Reader, Record, Records
+from service.segment import Batch, Segment, StoredRow, batch_of, joined, write_segment
+from service.view import Hit, Part, View
 
-COLLECTION_FORMAT = 1
+COLLECTION_FORMAT = 2
+OLDEST_FORMAT = 1
 # Fresh rows are searched exactly; beyond this many they are worth a segment.
 FRESH_LIMIT = 10_000
+# Keys of larger segments are compared with the records by `verify` alone; their ids' count, sum and maximum always.
+COMPARED_UP_TO = 20_000
+# Upserts that wait for each other are committed together, up to about so many rows.
+GROUP = 4096
 # Segments are merged when so many are of about one size, or when such a share of one's rows is dead.
 TIER = 4
 DEAD_SHARE = 0.2
@@ -57,13 +64,8 @@ class CollectionManifest(Sealed):
     """How they are compared."""
     created: datetime
     """When."""
-
-
-class Hit(NamedTuple):
-    """A neighbour."""
-
-    row: StoredRow
-    score: float
+    policy: IndexPolicy = IndexPolicy()
+    """What its indexes keep to (from format 2 on)."""
 
 
 class StoredItem(NamedTuple):
@@ -83,47 +85,21 @@ class SegmentInfo(NamedTuple):
     """Deleted and replaced ones included."""
     dead: int
     """These."""
-    factory: str
-    """FAISS factory string."""
-    nprobe: int
-    """Lists visited per query (0: exact)."""
-    recall_at_10: float
-    """Against exact search, when it was built."""
+    info: IndexInfo
+    """How it is searched, what that is worth, and why."""
+    bytes: int
+    """On the disk."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A segment and which of its rows live (None: all)."""
+@dataclass(eq=False)
+class _Write:
+    """An upsert on its way to the disk."""
 
-    number: int
-    segment: Segment
-    live: Bitmap | None = None
-    live_count: int = 0
-
-    @property
-    def count(self) -> int:
-        """Live rows."""
-        return len(self.segment) if self.live is None else self.live_count
-
-    def flags(self) -> Bitmap:
-        """1 for each live row, 0 for each dead one."""
-        if self.live is None:
-            return np.ones(len(self.segment), np.uint8)
-        return np.unpackbits(self.live, bitorder="little")[: len(self.segment)]
-
-    def without(self, positions: Sequence[int]) -> _Part:
-        """The same with some rows dead."""
-        flags = self.flags()
-        flags[list(positions)] = 0
-        return replace(self, live=np.packbits(flags, bitorder="little"), live_count=int(flags.sum()))
-
-
-@dataclass(frozen=True)
-class _View:
-    """What a search sees: never changed once published."""
-
-    parts: tuple[_Part, ...]
-    fresh: Fresh
+    rows: Sequence[NewRow]
+    vectors: Embeddings
+    done: bool = False
+    sequences: list[int] = field(default_factory=list)
+    error: Exception | None = None
 
 
 class Collection:
@@ -139,7 +115,7 @@ class Collection:
                 f"--images PICTURES --out {folder}`"
             )
         again = "restore the collection from a backup, or build it again"
-        self.manifest = read_contract(path, CollectionManifest, COLLECTION_FORMAT, again)
+        self.manifest = read_contract(path, CollectionManifest, COLLECTION_FORMAT, again, OLDEST_FORMAT)
         if space_id is not None and space_id != self.manifest.space_id:
             raise RefusalError(
                 f"{folder} holds vectors of space {self.manifest.space_id}, the bundle makes {space_id} "
@@ -151,22 +127,24 @@ class Collection:
             if not (folder / "records.sqlite").is_file():
                 raise RefusalError(f"{folder / 'records.sqlite'} is missing, so the segments mean nothing: {again}")
             self._records = Records(folder / "records.sqlite")
+            self._reader = Reader(folder / "records.sqlite")
             self._write_lock = threading.Lock()
+            self._waiting: deque[_Write] = deque()
             self._closed = False
             self._flush_lock = threading.Lock()
-            self._merge_lock = threading.Lock()  # taken before the others
+            self._merge_lock = threading.RLock()  # taken before the others
             self._stopping = False
             self._remove_orphans()
             self._view = self._load()
-            self._count = self._records.count()
+            self._count = self._view.fresh.live + sum(part.count for part in self._view.parts)
             self._sequence = self._records.counter("sequence")
         except BaseException:
             self._lock_file.close()
             raise
 
     @classmethod
-    def create(cls, folder: Path, space_id: str, dim: int) -> Collection:
-        """Make an empty collection. Raises `RefusalError` when the folder exists and is not empty."""
+    def create(cls, folder: Path, space_id: str, dim: int, policy: IndexPolicy | None = None) -> Collection:
+        """Make an empty collection whose indexes keep to `policy`. Raises `RefusalError` on a folder that is not empty."""
         # What an interrupted start of ours may have left; collection.json is written last.
         own = ("building", "lock", "unreadable.tsv", "records.sqlite", "records.sqlite-wal", "records.sqlite-shm")
         if folder.exists() and not folder.is_dir():
@@ -175,7 +153,8 @@ class Collection:
             raise RefusalError(f"{folder} exists and is not a collection: choose another folder")
         make_folder(folder)
         Records(folder / "records.sqlite").close()
-        manifest = CollectionManifest(space_id=space_id, dim=dim, created=datetime.now(UTC).replace(microsecond=0))
+        now = datetime.now(UTC).replace(microsecond=0)
+        manifest = CollectionManifest(space_id=space_id, dim=dim, created=now, policy=policy or IndexPolicy())
         write_file(folder / "collection.json", manifest.sealed().model_dump_json(indent=2))
         return cls(folder)
 
@@ -218,50 +197,72 @@ class Collection:
     def segments(self) -> list[SegmentInfo]:
         """The live segments, oldest first."""
         return [
-            SegmentInfo(p.number, m.rows, m.rows - p.count, m.factory, m.nprobe, m.recall_at_10)
+            SegmentInfo(p.number, len(p.segment), len(p.segment) - p.count, p.segment.info, _bytes(p.segment.folder))
             for p in self._view.parts
-            for m in (p.segment.manifest,)
         ]
 
     # --- reading ------------------------------------------------------------------------------------------------
 
     def search(
-        self, queries: Embeddings, k: int, min_score: float | None = None, leave_out: str | None = None
+        self,
+        queries: Embeddings,
+        k: int,
+        min_score: float | None = None,
+        *,
+        filters: Filter | Sequence[Filter | None] | None = None,
+        leave_out: Sequence[frozenset[str]] | None = None,
     ) -> list[list[Hit]]:
-        """The k most similar live rows of each query [Q, D], best first; ties by key. Vectors are scaled to length 1."""
+        """The k most similar live rows of each query [Q, D], best first; ties by key. Vectors are scaled to length 1.
+
+        `filters`: one for all, or one per query. `leave_out`: keys per query that are not to be found.
+        """
         queries = unit_rows(queries, self.dim, "vector")
-        view = self._view
-        wanted = k + (leave_out is not None)
-        found: list[list[tuple[float, str, _Part | None, int]]] = [[] for _ in queries]
-        for part in view.parts:
-            scores, positions = part.segment.search(queries, wanted, part.live, part.live_count)
-            for query, row_scores, row_positions in zip(found, scores.tolist(), positions.tolist(), strict=True):
-                query += [
-                    (score, part.segment.key(at), part, at)
-                    for score, at in zip(row_scores, row_positions, strict=True)
-                    if at >= 0
-                ]
-        if view.fresh.live:
-            scores, positions = view.fresh.search(queries, wanted)
-            for query, row_scores, row_positions in zip(found, scores.tolist(), positions.tolist(), strict=True):
-                query += [
-                    (score, view.fresh.rows[at].key, None, at)
-                    for score, at in zip(row_scores, row_positions, strict=True)
-                ]
-        results = []
-        for candidates in found:
-            candidates.sort(key=lambda c: (-c[0], c[1]))
-            hits = [
-                Hit(view.fresh.rows[at] if part is None else part.segment.row(at), max(-1.0, min(1.0, score)))
-                for score, key, part, at in candidates[:wanted]
-                if key != leave_out and (min_score is None or score >= min_score)
-            ]
-            results.append(hits[:k])
-        return results
+        each = [filters] * len(queries) if filters is None or isinstance(filters, Filter) else filters
+        return self._view.search(queries, k, each, leave_out or [frozenset()] * len(queries), min_score)
+
+    def search_groups(
+        self,
+        query: Embeddings,
+        k: int,
+        field: str,
+        size: int = 1,
+        *,
+        wanted: Filter | None = None,
+        leave_out: frozenset[str] = frozenset(),
+        min_score: float | None = None,
+    ) -> list[list[Hit]]:
+        """The k best groups of rows that share the value of a payload field, each with its `size` best rows, for a query
+        [D]."""
+        rows = unit_rows(query, self.dim, "vector")
+        return self._view.groups(rows, k, size, field, wanted, leave_out, min_score)
+
+    def within(self, query: Embeddings, min_score: float, wanted: Filter | None = None) -> list[Hit]:
+        """Every live row at least so similar to a query [D], best first; from approximate indexes those that they find."""
+        return self._view.within(unit_rows(query, self.dim, "vector"), min_score, wanted)
+
+    def expand(
+        self,
+        queries: Embeddings,
+        neighbours: int,
+        alpha: float = 3.0,
+        *,
+        filters: Sequence[Filter | None] | None = None,
+        leave_out: Sequence[frozenset[str]] | None = None,
+    ) -> Embeddings:
+        """Queries [Q, D] moved towards their nearest neighbours: α-query expansion (Radenović et al. 2018)."""
+        queries = unit_rows(queries, self.dim, "vector")
+        filters, leave_out = filters or [None] * len(queries), leave_out or [frozenset()] * len(queries)
+        return self._view.expanded(queries, neighbours, alpha, filters, leave_out)
 
     def get(self, key: str) -> StoredItem:
-        """A live item. Raises `NotFoundError`."""
-        with self._open():
+        """A live item. Raises `NotFoundError`. Writes do not hold it up."""
+        try:
+            found = self._stored(self._reader.live(key), key)
+        except ClosedError:
+            raise self._gone() from None
+        if found is not None:
+            return found
+        with self._open():  # a merge was committed, and its segments are being exchanged
             return self._item(key)
 
     def files(self) -> dict[str, FileState]:
@@ -278,11 +279,17 @@ class Collection:
         """
         for i, row in enumerate(rows):
             check_key(row.key, f"items[{i}].key")
+            check_payload(row.payload, f"items[{i}].payload")
         if not rows:
             return []
-        vectors = unit_rows(vectors, self.dim, "items.vector")
-        with self._open():
-            return self._write(rows, vectors, [])
+        write = _Write(rows, unit_rows(vectors, self.dim, "items.vector"))
+        self._waiting.append(write)
+        with self._write_lock:
+            if not write.done:  # else a writer before this one has committed it with its own
+                self._commit_waiting(write)
+        if write.error is not None:
+            raise write.error
+        return write.sequences
 
     def move(self, moves: Sequence[tuple[str, NewRow]]) -> None:
         """Give items (old key, new row) other keys; vectors and their origins stay. Durable and visible on return.
@@ -298,55 +305,84 @@ class Collection:
             rows = [row._replace(origin=item.origin) for (_, row), item in zip(moves, items, strict=True)]
             self._write(rows, np.stack([item.vector for item in items]), [old for old, _ in moves])
 
+    def _commit_waiting(self, mine: _Write) -> None:
+        """Commit the writes that wait for the lock together: the disk is waited for once. Under the write lock."""
+        writes: list[_Write] = []
+        while self._waiting and sum(len(write.rows) for write in writes) < GROUP:
+            writes.append(self._waiting.popleft())
+        if mine not in writes:  # there were so many
+            self._waiting.remove(mine)
+            writes.append(mine)
+        try:
+            if self._closed:
+                raise self._gone()
+            rows = [row for write in writes for row in write.rows]
+            sequences = self._write(rows, np.concatenate([write.vectors for write in writes]), [])
+            for write in writes:
+                write.sequences, sequences = sequences[: len(write.rows)], sequences[len(write.rows) :]
+        except Exception as e:
+            for write in writes:
+                write.error = e
+        finally:
+            for write in writes:
+                write.done = True
+
     def _item(self, key: str) -> StoredItem:
-        record, view = self._records.live(key), self._view
+        """A live item, under the write lock. Raises `NotFoundError`."""
+        found = self._stored(self._records.live(key), key)
+        if found is None:
+            raise DataLossError(f"the item {key!r} is in a segment that is not open: restart the server")
+        return found
+
+    def _stored(self, record: Record | None, key: str) -> StoredItem | None:
+        """An item with its vector; None where the view does not hold its segment. Raises `NotFoundError`."""
         if record is None:
             raise NotFoundError(f"the collection {self.name!r} has no item with the key {key!r}", "item", key)
         if record.vector is not None:
             return StoredItem(record.row, record.vector, record.origin)
-        for part in view.parts:
+        for part in self._view.parts:
             if part.number == record.segment:
-                vector = np.array(part.segment.vectors[part.segment.position(record.row.id)])
-                return StoredItem(record.row, vector, record.origin)
-        raise DataLossError(f"the item {key!r} is in segment {record.segment}, which is not open: restart the server")
+                return StoredItem(record.row, part.segment.vector(part.segment.position(record.row.id)), record.origin)
+        return None
 
     def _write(self, rows: Sequence[NewRow], vectors: Embeddings, gone: Sequence[str]) -> list[int]:
         """Bury the items `gone`, then insert or replace rows, in one commit. Under the write lock."""
+        kept = sorted({row.key: i for i, row in enumerate(rows)}.values())  # of one key the last counts
+        new = [rows[i] for i in kept]
         with self._records.transaction():
             first_id = self._records.take("id", len(rows))
             first = self._records.take("sequence", len(rows))
-            ids, sequences = range(first_id, first_id + len(rows)), range(first, first + len(rows))
-            replaced = [self._records.live(key) for key in (*(row.key for row in rows), *gone)]
-            for key in gone:
-                self._records.bury(key, first)
-            for i in range(len(rows)):  # one by one: a key may repeat
-                self._records.insert(rows[i : i + 1], ids[i : i + 1], sequences[i : i + 1], None, vectors[i : i + 1])
-        last = {row.key: i for i, row in enumerate(rows)}
-        stored = {
-            i: StoredRow(ids[i], rows[i].key, rows[i].payload, rows[i].source_uri, sequences[i])
-            for i in sorted(last.values())
-        }
-        self._sequence = sequences[-1]
-        dead = {record.row.id: record.segment for record in replaced if record is not None}
-        self._publish_writes(dead, list(stored.values()), vectors[list(stored)], [rows[i].origin for i in stored])
-        return list(sequences)
+            places = self._records.places([*(row.key for row in new), *gone])
+            self._records.bury(self._burials(places, dict(zip((row.key for row in new), kept, strict=True)), first))
+            ids, sequences = [first_id + i for i in kept], [first + i for i in kept]
+            self._records.insert(new, ids, sequences, None, vectors[kept])
+        stored = [
+            StoredRow(i, row.key, row.payload, row.source_uri, s) for i, s, row in zip(ids, sequences, new, strict=True)
+        ]
+        self._sequence = first + len(rows) - 1
+        self._publish_writes(dict(places.values()), stored, vectors[kept], [row.origin for row in new])
+        return list(range(first, first + len(rows)))
+
+    @staticmethod
+    def _burials(
+        places: dict[str, tuple[int, int | None]], new: dict[str, int], first: int
+    ) -> Iterator[tuple[int, int]]:
+        """(sequence number, id) of rows that go: that of the write which replaces them, or the first."""
+        return ((first + new.get(key, 0), row_id) for key, (row_id, _) in places.items())
 
     def delete(self, keys: Sequence[str]) -> list[str]:
         """Delete items; returns the keys that did not exist. Durable and visible on return."""
-        missing, dead = [], {}
+        keys = list(dict.fromkeys(keys))
         with self._open():
-            with self._records.transaction():
-                for key in dict.fromkeys(keys):
-                    record = self._records.live(key)
-                    if record is None:
-                        missing.append(key)
-                    else:
-                        self._records.bury(key, self._records.take("sequence"))
-                        dead[record.row.id] = record.segment
-                last = self._records.counter("sequence")
-            self._sequence = last
-            self._publish_writes(dead, [], np.zeros((0, self.dim), np.float32), [])
-        return missing
+            places = self._records.places(keys)
+            there = [key for key in keys if key in places]
+            if there:
+                with self._records.transaction():
+                    first = self._records.take("sequence", len(there))
+                    self._records.bury((first + i, places[key][0]) for i, key in enumerate(there))
+                self._sequence = first + len(there) - 1
+                self._publish_writes(dict(places.values()), [], np.zeros((0, self.dim), np.float32), [])
+        return [key for key in keys if key not in places]
 
     def touch(self, files: Iterable[tuple[str, int]]) -> None:
         """Note new times of change (key, nanoseconds) of files whose bytes are the same: nothing is embedded again."""
@@ -357,6 +393,11 @@ class Collection:
         """Insert or replace many rows at once, as a segment of their own. Durable and visible on return."""
         for row in rows:
             check_key(row.key, "key")
+        twice = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
+        if twice:
+            raise InvalidArgumentError(
+                f"the key {twice[0]!r} comes more than once: give each item its own", "BAD_KEY", "key"
+            )
         vectors = unit_rows(vectors, self.dim, "vector")
         with self._merge_lock, self._flush_lock, self._open():
             with self._records.transaction():  # numbers first: they are in the segment's file
@@ -369,15 +410,17 @@ class Collection:
                 for i, s, row in zip(ids, sequences, rows, strict=True)
             ]
             made_by = Counter(row.origin for row in rows)
-            segment = write_segment(self._segment_folder(number), table_of(stored), vectors, made_by)
+            segment = self._segment(number, batch_of(stored, vectors, made_by))
             with self._unless_committed(number), self._records.transaction():
-                replaced = [record for row in rows if (record := self._records.live(row.key)) is not None]
+                places = self._records.places([row.key for row in rows])
+                at = {row.key: i for i, row in enumerate(rows) if row.key in places}
+                self._records.bury(self._burials(places, at, first))
                 self._records.insert(rows, ids, sequences, number, None)
                 self._records.adopt(number)
             # From here on nothing can fail: memory follows the disk.
             self._sequence = sequences[-1]
-            self._publish_writes({r.row.id: r.segment for r in replaced}, [], np.zeros((0, self.dim), np.float32), [])
-            self._view = replace(self._view, parts=(*self._view.parts, _Part(number, segment)))
+            self._publish_writes(dict(places.values()), [], np.zeros((0, self.dim), np.float32), [])
+            self._view = replace(self._view, parts=(*self._view.parts, Part(number, segment)))
             self._count += len(rows)
 
     def flush(self) -> None:
@@ -391,11 +434,10 @@ class Collection:
                     return
                 with self._records.transaction():
                     number = self._records.take("segment")
-            folder = self._segment_folder(number)
             at = fresh.positions()
             rows = [fresh.rows[i] for i in at.tolist()]
             made_by = Counter(fresh.origins[i] for i in at.tolist())
-            segment = write_segment(folder, table_of(rows), fresh.buffer[at], made_by)
+            segment = self._segment(number, batch_of(rows, fresh.buffer[at], made_by))
             moved = [row.id for row in rows]
             with self._unless_committed(number), self._open():
                 with self._records.transaction():
@@ -404,8 +446,8 @@ class Collection:
                 now = self._view
                 dead = np.flatnonzero(now.fresh.flags[at] == 0).tolist()
                 left = [i for i in now.fresh.positions().tolist() if i >= fresh.count]
-                part = _Part(number, segment)
-                self._view = _View(
+                part = Part(number, segment)
+                self._view = View(
                     (*now.parts, part.without(dead) if dead else part),
                     Fresh.of(
                         [now.fresh.rows[i] for i in left], now.fresh.buffer[left], [now.fresh.origins[i] for i in left]
@@ -430,8 +472,27 @@ class Collection:
                 self.flush()
             merged = self.compact()
 
-    def compact(self, everything: bool = False) -> int:
-        """Merge segments into one without their dead rows: `everything`, or what is worth it. Returns how many were merged.
+    def upgrade(self) -> None:
+        """Write everything in the present format, as one segment."""
+        self.keep_to(self.manifest.policy)
+
+    def keep_to(self, policy: IndexPolicy) -> None:
+        """Change what the indexes keep to, and build them again, as one segment in the present format. Raises
+        `RefusalError` on a factory string that cannot be used; then the old policy stays."""
+        with self._merge_lock:
+            before = self.manifest
+            self.manifest = before.model_copy(update={"policy": policy, "format_version": COLLECTION_FORMAT})
+            try:
+                self.flush()
+                self.compact(everything=True, rebuild=True)
+            except BaseException:
+                self.manifest = before
+                raise
+            write_file(self.folder / "collection.json", self.manifest.sealed().model_dump_json(indent=2))
+
+    def compact(self, everything: bool = False, rebuild: bool = False) -> int:
+        """Merge segments into one without their dead rows: `everything` (to `rebuild`, a single one without dead rows, too),
+        or what is worth it. Returns how many were merged.
 
         Searches, writes and flushes go on meanwhile. Killed at any point, the collection holds the old segments or the new.
         """
@@ -439,7 +500,7 @@ class Collection:
             with self._open():
                 parts = self._view.parts
                 if everything:
-                    old = parts if len(parts) > 1 or any(p.count < len(p.segment) for p in parts) else ()
+                    old = parts if rebuild or len(parts) > 1 or any(p.count < len(p.segment) for p in parts) else ()
                 else:
                     old = worth_merging(parts)
                 if not old or self._stopping:
@@ -451,8 +512,10 @@ class Collection:
                 made_by: Counter[str] = Counter()
                 for each in numbers:
                     made_by.update(self._records.origins(each))
-            rows, vectors = joined([part.segment for part in old], [np.flatnonzero(part.flags()) for part in old])
-            segment = write_segment(self._segment_folder(number), rows, vectors, made_by) if len(rows) else None
+            living = [np.flatnonzero(part.flags()) for part in old]
+            segment = None
+            if any(map(len, living)):
+                segment = self._segment(number, joined([part.segment for part in old], living, made_by))
             with self._unless_committed(number), self._open():
                 with self._records.transaction():
                     self._records.merge(numbers, None if segment is None else number, before)
@@ -460,7 +523,7 @@ class Collection:
                 now = {part.number: part for part in self._view.parts}
                 kept = [part for part in self._view.parts if part.number not in numbers]
                 if segment is not None:
-                    merged = _Part(number, segment)
+                    merged = Part(number, segment)
                     died = [
                         row_id
                         for part in old
@@ -495,6 +558,7 @@ class Collection:
         """Release files and lock; waits for a write or flush that is under way. Later calls are refused."""
         with self._merge_lock, self._flush_lock, self._write_lock:
             self._closed = True
+            self._reader.close()
             self._records.close()
             self._lock_file.close()
 
@@ -503,13 +567,22 @@ class Collection:
         """The write lock, on a collection that is still open. Raises `NotFoundError` on one deleted meanwhile."""
         with self._write_lock:
             if self._closed:
-                raise NotFoundError(f"the collection {self.name!r} is closed or was deleted", "collection", self.name)
+                raise self._gone()
             yield
+
+    def _gone(self) -> NotFoundError:
+        return NotFoundError(f"the collection {self.name!r} is closed or was deleted", "collection", self.name)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _no_rows(self) -> Fresh:
         return Fresh.of([], np.zeros((0, self.dim), np.float32), [])
+
+    def _segment(self, number: int, batch: Batch) -> Segment:
+        """Write a segment; of the memory that the indexes may take it gets its share."""
+        allowed, rows = self.manifest.policy.max_memory, len(batch.rows)
+        memory = None if allowed is None else allowed * rows / max(rows, self._count)
+        return write_segment(self._segment_folder(number), batch, self.manifest.policy, memory)
 
     def _segment_folder(self, number: int) -> Path:
         return self.folder / "segments" / f"{number:04d}"
@@ -524,8 +597,14 @@ class Collection:
             gone = [part.segment.position(i) for i, segment in dead.items() if segment == part.number]
             parts.append(part.without(gone) if gone else part)
         fresh = view.fresh.without(i for i, segment in dead.items() if segment is None)
-        self._view = _View(tuple(parts), fresh.extended(rows, vectors, origins) if rows else fresh)
+        self._view = View(tuple(parts), fresh.extended(rows, vectors, origins) if rows else fresh)
         self._count += len(rows) - len(dead)
+
+    def _disagreement(self, segment: Segment) -> RefusalError:
+        return RefusalError(
+            f"{segment.folder} and {self.folder / 'records.sqlite'} disagree about the rows of the segment: one of them is "
+            "damaged; restore the collection from a backup, or build it again"
+        )
 
     def _remove_orphans(self) -> None:
         """Segments that were written but never committed: a kill came between."""
@@ -534,7 +613,7 @@ class Collection:
             if folder.name not in committed:
                 shutil.rmtree(folder)
 
-    def _load(self) -> _View:
+    def _load(self) -> View:
         """The view that the records describe. Raises `RefusalError` where segments and records disagree."""
         dead: dict[int, list[int]] = {}
         for number, row_id in self._records.tombstones():
@@ -542,12 +621,14 @@ class Collection:
         parts = []
         for number in self._records.segments():
             segment = Segment(self._segment_folder(number))
-            if segment.manifest.dim != self.dim or segment.identities() != self._records.held(number):
-                raise RefusalError(
-                    f"{segment.folder} and {self.folder / 'records.sqlite'} disagree about the rows of the segment: one of "
-                    "them is damaged; restore the collection from a backup, or build it again"
-                )
-            part = _Part(number, segment)
+            ids = segment.ids
+            extent = (len(ids), int(ids.sum()), int(ids[-1]))
+            same = segment.manifest.dim == self.dim and extent == self._records.extent(number)
+            if same and len(ids) <= COMPARED_UP_TO:
+                same = segment.identities() == self._records.held(number)
+            if not same:
+                raise self._disagreement(segment)
+            part = Part(number, segment)
             if number in dead:
                 part = part.without(np.searchsorted(segment.ids, dead[number]).tolist())
             parts.append(part)
@@ -555,16 +636,20 @@ class Collection:
         vectors = [record.vector for record in fresh if record.vector is not None]
         matrix = np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
         rows, origins = [record.row for record in fresh], [record.origin for record in fresh]
-        return _View(tuple(parts), Fresh.of(rows, matrix, origins))
+        return View(tuple(parts), Fresh.of(rows, matrix, origins))
 
 
-def worth_merging(parts: Sequence[_Part]) -> tuple[_Part, ...]:
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def worth_merging(parts: Sequence[Part]) -> tuple[Part, ...]:
     """The segments to merge now: those with many dead rows, and where four or more are of about one size, these.
 
     So each row is written about log₄ N times, and a search visits about 3 log₄ N segments (the size-tiered compaction of
     log-structured stores, O'Neil et al. 1996).
     """
-    tiers: dict[int, list[_Part]] = {}
+    tiers: dict[int, list[Part]] = {}
     for part in parts:
         tiers.setdefault(int(math.log(max(part.count, 1), TIER)), []).append(part)
     crowded = next((tiers[size] for size in sorted(tiers) if len(tiers[size]) >= TIER), [])
@@ -580,6 +665,16 @@ def check_key(key: str, field: str) -> None:
         raise InvalidArgumentError(
             f"the key has {size} bytes of UTF-8, 1 to {MAX_KEY_BYTES} are allowed: shorten it", "BAD_KEY", field
         )
+
+
+def check_payload(payload: str, field: str) -> None:
+    """Raises `InvalidArgumentError` for payloads that are no JSON object."""
+    try:
+        sound = isinstance(json.loads(payload), dict)
+    except (ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise InvalidArgumentError(f"the payload {payload[:40]!r} is no JSON object: send one", "BAD_PAYLOAD", field)
 
 
 def check_space(found: str, expected: str) -> None:

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from export.bundle import Embeddings
+from service.filter import Attributes, Filter
 from service.index import Bitmap, Rows
-from service.segment import StoredRow
+from service.segment import StoredRow, attributes_of
+
+CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Fresh:
     """[count], 1 for each live row."""
     live: int
     """How many live."""
+    chunks: dict[int, Attributes]
+    """What filters look at, per 1,024 rows, made when a filter first comes."""
 
     @classmethod
     def of(cls, rows: Sequence[StoredRow], vectors: Embeddings, origins: Sequence[str]) -> Fresh:
         """Rows with vectors [N, D]."""
-        nothing = cls([], [], {}, np.empty((0, vectors.shape[1]), np.float32), np.zeros(0, np.uint8), 0)
+        nothing = cls([], [], {}, np.empty((0, vectors.shape[1]), np.float32), np.zeros(0, np.uint8), 0, {})
         return nothing.extended(rows, vectors, origins)
 
     @property
@@ -75,11 +80,26 @@ class Fresh:
         """Where the live rows are, ascending."""
         return np.flatnonzero(self.flags)
 
-    def search(self, queries: Embeddings, k: int) -> tuple[Embeddings, Rows]:
-        """Scores and positions [Q, min(k, live)] of the live rows most similar to queries [Q, D], in no order."""
+    def among(self, wanted: Filter | None) -> tuple[Bitmap, int]:
+        """1 for each live row that a filter passes, [count], and how many they are."""
+        if wanted is None:
+            return self.flags, self.live
+        masks = []
+        for low in range(0, self.count, CHUNK):
+            rows = self.rows[low : min(low + CHUNK, self.count)]
+            known = self.chunks.get(low)
+            if known is None or len(known.key) < len(rows):
+                known = self.chunks[low] = attributes_of(rows)
+            masks.append(wanted.mask(known)[: len(rows)])
+        flags = self.flags & np.concatenate(masks) if masks else self.flags
+        return flags, int(flags.sum())
+
+    def search(self, queries: Embeddings, k: int, flags: Bitmap, count: int) -> tuple[Embeddings, Rows]:
+        """Scores and positions [Q, min(k, count)] of the rows most similar to queries [Q, D] among the `count` ones whose
+        flag is set, in no order."""
         similarity: Embeddings = queries @ self.buffer[: self.count].T
-        if self.live < self.count:
-            similarity[:, self.flags == 0] = -np.inf
-        k = min(k, self.live)
+        if count < self.count:
+            similarity[:, flags == 0] = -np.inf
+        k = min(k, count)
         best = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
         return np.take_along_axis(similarity, best, 1), best

@@ -1,101 +1,403 @@
 """Vectors → nearest neighbours: the only importer of faiss.
 
-An index is immutable once built; a search passes its parameters with the call and never sets them on the index.
+An index is chosen from constraints, tuned on its own vectors and then immutable; a search passes its parameters with the
+call and never sets them on the index. Quantised indexes find candidates, and the stored vectors decide among them.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import faiss as _faiss
 import numpy as np
 import numpy.typing as npt
+from faiss.contrib.exhaustive_search import knn_ground_truth
+from pydantic import Field
 
-from export.bundle import Embeddings, RefusalError
+from export.bundle import Contract, Embeddings, RefusalError
 
 # The package's stubs give the C++ signatures, not those of its Python layer.
 faiss: Any = _faiss
 
 Rows = npt.NDArray[np.int64]
 Bitmap = npt.NDArray[np.uint8]
+Stored = npt.NDArray[np.float32] | npt.NDArray[np.float16]
+"""Vectors as they lie in a file, [N, D]."""
 
 # Below this many rows exact search takes milliseconds, and nothing has to be tuned.
 EXACT_UP_TO = 50_000
-MIN_RECALL = 0.95
-_RECALL_QUERIES = 256
+# Where so few rows may be found, their vectors are compared one by one.
+EXACT_AMONG = 10_000
+BLOCK = 65_536
+_TUNING_QUERIES = 512
+_TIMED_QUERIES = 64
+_POINTS_PER_LIST = 64
 
 
-class IndexInfo(NamedTuple):
-    """How an index was made and what it is worth."""
+class IndexPolicy(Contract):
+    """What the indexes of a collection must keep to."""
+
+    index: str = "auto"
+    """auto: chosen from the constraints below. exact: every row is compared. Or a FAISS factory string, such as
+    IVF1024,SQ8 or HNSW32."""
+    max_memory: int | None = Field(None, gt=0)
+    """Most bytes of the indexes of all rows, where they are wholly in memory."""
+    min_recall: float = Field(0.95, gt=0, le=1)
+    """Recall@10 against exact search that a search has to reach."""
+    max_latency_ms: float | None = Field(None, gt=0)
+    """Most milliseconds of one query alone, in one segment."""
+    vectors: Literal["float32", "float16"] = "float32"
+    """How vectors are stored; float16 takes half the disk and moves scores by up to 0.001."""
+
+
+class Effort(NamedTuple):
+    """How hard a search looks."""
+
+    visits: int
+    """Lists (IVF) or candidates (HNSW, efSearch) visited per query; 0: every row."""
+    rescore: int = 0
+    """Candidates per neighbour whose stored vectors decide; 0: the index decides."""
+
+
+class CurvePoint(Contract):
+    """What one effort is worth."""
+
+    visits: int
+    """`Effort.visits`"""
+    rescore: int
+    """`Effort.rescore`"""
+    recall_at_10: float
+    """Against exact search, over rows of the segment that are left out of their own neighbours."""
+    ms: float
+    """Milliseconds per query in a batch of 512, on the machine that built it."""
+
+
+class IndexInfo(Contract):
+    """How an index was chosen and what it is worth."""
 
     factory: str
     """FAISS factory string."""
-    nprobe: int
-    """Lists visited per query (0: exact)."""
-    recall_at_10: float
-    """Against exact search, on a sample of the indexed rows."""
+    visits: int = 0
+    """`Effort.visits`"""
+    rescore: int = 0
+    """`Effort.rescore`"""
+    recall_at_10: float = 1.0
+    """Measured against exact search."""
+    latency_ms: float = 0.0
+    """Median of one query alone, on the machine that built it."""
+    curve: tuple[CurvePoint, ...] = ()
+    """Every effort that was measured."""
+    why: str = ""
+    """Why this one."""
+
+    @property
+    def effort(self) -> Effort:
+        """How hard to look."""
+        return Effort(self.visits, self.rescore)
 
 
-def build_index(vectors: Embeddings, exact_up_to: int = EXACT_UP_TO) -> tuple[Any, IndexInfo]:
-    """An inner-product index over unit rows [N, D].
+def candidates(count: int, dim: int, policy: IndexPolicy, memory: float | None) -> list[str]:
+    """Factory strings for `count` rows of `dim`, in the order to try them: of those that `memory` bytes hold, the fastest
+    first; where none fits, the smallest alone."""
+    if policy.index == "exact":
+        return [_flat(policy)]
+    if policy.index != "auto":
+        return [policy.index]
+    if count <= EXACT_UP_TO and (memory is None or memory >= bytes_of(_flat(policy), count, dim)):
+        return [_flat(policy)]
+    lists = lists_for(count)
+    sizes = [f"IVF{lists},SQfp16", f"IVF{lists},SQ8"]
+    if dim % 4 == 0:
+        sizes.append(f"IVF{lists},PQ{dim // 4}x4fsr")
+    fitting = [each for each in sizes if memory is None or bytes_of(each, count, dim) <= memory]
+    return fitting or sizes[-1:]
 
-    Exact below `exact_up_to` rows; above, inverted lists with the smallest nprobe whose measured recall@10 is ≥ 0.95.
+
+def lists_for(count: int) -> int:
+    """Inverted lists for so many rows: 2 √N, between 16 and one per 39 rows, the least that FAISS trains without a
+    warning."""
+    return max(1, min(max(16, int(2 * count**0.5)), count // 39))
+
+
+def bytes_of(factory: str, count: int, dim: int) -> int:
+    """About how large an index is, in bytes."""
+    head, _, code = factory.rpartition(",")
+    lists = int("".join(c for c in head.split("_")[0] if c.isdigit()) or 0) if head.startswith("IVF") else 0
+    links = 0
+    if factory.startswith("HNSW"):
+        head, _, code = factory.partition(",")
+        links = 2 * 4 * int("".join(c for c in head if c.isdigit()) or 32) + 4
+    if code.startswith("SQfp16"):
+        row = 2 * dim
+    elif code.startswith("SQ8"):
+        row = dim
+    elif code.startswith("PQ"):
+        row = int(code[2:].split("x")[0]) // 2
+    elif code.startswith("RaBitQ"):
+        row = dim // 8 + 8
+    else:
+        row = 4 * dim
+    return count * (row + links + (8 if lists else 0)) + lists * 4 * dim
+
+
+def build_index(
+    vectors: Stored, policy: IndexPolicy | None = None, memory: float | None = None
+) -> tuple[Any, IndexInfo]:
+    """An inner-product index over unit rows [N, D], and how it was chosen.
+
+    `memory`: bytes that it may take. `vectors` may be memory-mapped: they are read in blocks. Raises `RefusalError` on a
+    factory string that FAISS does not know.
     """
+    policy = policy or IndexPolicy()
     count, dim = vectors.shape
-    if count <= exact_up_to:
-        index = faiss.IndexFlatIP(dim)
-        index.add(vectors)
-        return index, IndexInfo("Flat", 0, 1.0)
-    lists = int(4 * count**0.5)
-    factory = f"IVF{lists},Flat"
-    index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    rng = np.random.default_rng(0)
-    training = vectors[np.sort(rng.choice(count, min(count, 64 * lists), replace=False))]
-    index.train(training)
-    index.add(vectors)
-    queries = vectors[rng.choice(count, _RECALL_QUERIES, replace=False)]
-    _, exact = faiss.knn(queries, vectors, 11, metric=faiss.METRIC_INNER_PRODUCT)
-    nprobe, recall = 1, 0.0
-    while nprobe <= lists:
-        _, found = _search(index, queries, 11, nprobe, None)
-        # The first of each is the query itself, which every index finds.
-        pairs = zip(exact[:, 1:].tolist(), found[:, 1:].tolist(), strict=True)
-        recall = float(np.mean([len(set(a) & set(b)) / 10 for a, b in pairs]))
-        if recall >= MIN_RECALL:
+    tried: list[tuple[Any, IndexInfo]] = []
+    queries, exact = None, None
+    for factory in candidates(count, dim, policy, memory):
+        index = _trained(factory, vectors)
+        for block in blocks(vectors):
+            index.add(block)
+        if factory in _EXACT:
+            return index, IndexInfo(factory=factory, why=f"{count:,} rows are compared one by one")
+        if queries is None or exact is None:
+            queries, exact = _held_out(vectors)
+        info = _tuned(index, factory, vectors, queries, exact, policy)
+        tried.append((index, info))
+        if not _missed(info, policy):
             break
-        nprobe *= 2
-    return index, IndexInfo(factory, min(nprobe, lists), recall)
+    index, info = min(tried, key=lambda t: (len(_missed(t[1], policy)), -t[1].recall_at_10))
+    return index, info.model_copy(update={"why": _why(info, policy, memory, count, dim)})
+
+
+def _missed(info: IndexInfo, policy: IndexPolicy) -> list[str]:
+    missed = []
+    if info.recall_at_10 < policy.min_recall:
+        missed.append(f"recall@10 {policy.min_recall:g}")
+    if policy.max_latency_ms is not None and info.latency_ms > policy.max_latency_ms:
+        missed.append(f"{policy.max_latency_ms:g} ms")
+    return missed
+
+
+def _why(info: IndexInfo, policy: IndexPolicy, memory: float | None, count: int, dim: int) -> str:
+    missed = _missed(info, policy)
+    goal = f"the least effort with recall@10 ≥ {policy.min_recall:g}"
+    if missed:
+        goal = f"the nearest to the constraints; {' and '.join(missed)} not reached"
+    size = bytes_of(info.factory, count, dim)
+    room = "" if memory is None else f" of {memory / 2**20:,.0f} allowed"
+    if memory is not None and size > memory:
+        room += " (nothing smaller is known)"
+    return f"{goal}: {info.recall_at_10:.3f}, {info.latency_ms:.2f} ms a query, about {size / 2**20:,.0f} MiB{room}"
+
+
+_EXACT = ("Flat", "SQfp16")
+
+
+def _flat(policy: IndexPolicy) -> str:
+    return "Flat" if policy.vectors == "float32" else "SQfp16"
+
+
+def blocks(vectors: Stored, size: int = BLOCK) -> Iterator[Embeddings]:
+    """Rows in float32, block by block."""
+    for low in range(0, len(vectors), size):
+        yield np.ascontiguousarray(vectors[low : low + size], np.float32)
+
+
+def _trained(factory: str, vectors: Stored) -> Any:
+    count, dim = vectors.shape
+    try:
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as e:
+        reason = str(e).rsplit(":", 1)[-1].strip()
+        raise RefusalError(
+            f"{factory!r} is no FAISS factory string for {dim} dimensions ({reason}): write one such as IVF1024,SQ8 or "
+            "HNSW32, or auto"
+        ) from None
+    if not isinstance(_inner(index), (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexIVF, faiss.IndexHNSW)):
+        raise RefusalError(
+            f"{factory!r} is a {type(index).__name__}, which cannot be searched with filters here: choose one of Flat, SQ…, "
+            "IVF…, HNSW… or auto"
+        )
+    if not index.is_trained:
+        wanted = max(_POINTS_PER_LIST * getattr(_inner(index), "nlist", 1), 16_384)
+        chosen = np.random.default_rng(0).choice(count, min(count, wanted), replace=False)
+        index.train(np.ascontiguousarray(vectors[np.sort(chosen)], np.float32))
+    return index
+
+
+def _held_out(vectors: Stored) -> tuple[Embeddings, Rows]:
+    """Queries, and the 11 nearest rows [Q, 11] of each: rows of the index, that are to be left out of their own answers."""
+    rng = np.random.default_rng(1)
+    chosen = np.sort(rng.choice(len(vectors), min(_TUNING_QUERIES, len(vectors)), replace=False))
+    queries = np.ascontiguousarray(vectors[chosen], np.float32)
+    nearest: Any = knn_ground_truth  # untyped
+    _, exact = nearest(queries, blocks(vectors), min(11, len(vectors)), metric_type=faiss.METRIC_INNER_PRODUCT)
+    return queries, exact
+
+
+def _tuned(
+    index: Any, factory: str, vectors: Stored, queries: Embeddings, exact: Rows, policy: IndexPolicy
+) -> IndexInfo:
+    """Raise the effort until the recall is reached, and a little further for the curve."""
+    target = policy.min_recall
+    rescores = (0,) if factory.endswith(("Flat", "SQfp16")) or factory.startswith("HNSW") else (2, 4, 8, 16)
+    curve: list[CurvePoint] = []
+    best: CurvePoint | None = None
+    most = getattr(_inner(index), "nlist", 1024)
+    for rescore in rescores:
+        reached, last = 0.0, -1.0
+        for visits in _sweep(most, is_ivf(index)):
+            effort = Effort(visits, rescore)
+            start = time.perf_counter()
+            _, found = search_index(index, queries, 11, effort, None, vectors=vectors)
+            ms = (time.perf_counter() - start) / len(queries) * 1e3
+            reached = _recall(exact, found)
+            point = CurvePoint(visits=visits, rescore=rescore, recall_at_10=round(reached, 4), ms=round(ms, 4))
+            curve.append(point)
+            if (
+                (reached >= target and (best is None or best.recall_at_10 < target or point.ms < best.ms))
+                or best is None
+                or (best.recall_at_10 < target and reached > best.recall_at_10)
+            ):
+                best = point
+            if (
+                reached >= max(target, 0.99)
+                or (reached >= target and rescore)
+                or (reached - last < 1e-4 and last > 0.5)
+            ):
+                break
+            last = reached
+    assert best is not None
+    effort = Effort(best.visits, best.rescore)
+    times = []
+    for query in queries[:_TIMED_QUERIES]:
+        start = time.perf_counter()
+        search_index(index, query[None], 10, effort, None, vectors=vectors)
+        times.append(time.perf_counter() - start)
+    return IndexInfo(
+        factory=factory, visits=best.visits, rescore=best.rescore, recall_at_10=best.recall_at_10,
+        latency_ms=round(float(np.median(times)) * 1e3, 3), curve=tuple(curve),
+    )  # fmt: skip
+
+
+def _sweep(most: int, lists: bool) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, … up to `most`."""
+    steps = [1] if lists else [16]
+    while steps[-1] < most:
+        steps.append(min(most, max(steps[-1] + 1, int(steps[-1] * 1.415 + 0.5))))
+    return steps
+
+
+def _recall(exact: Rows, found: Rows) -> float:
+    """The share of the ten nearest that were found; the first is the query itself, which every index finds."""
+    pairs = zip(exact[:, 1:].tolist(), found[:, 1:].tolist(), strict=True)
+    return float(np.mean([len(set(a) & set(b)) / max(len(a), 1) for a, b in pairs]))
+
+
+def _inner(index: Any) -> Any:
+    """The index behind a rotation (OPQ)."""
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def is_ivf(index: Any) -> bool:
+    """Whether it has inverted lists."""
+    return isinstance(_inner(index), faiss.IndexIVF)
 
 
 def search_index(
-    index: Any, queries: Embeddings, k: int, nprobe: int, live: Bitmap | None, live_count: int | None = None
+    index: Any,
+    queries: Embeddings,
+    k: int,
+    effort: Effort,
+    live: Bitmap | None,
+    live_count: int | None = None,
+    vectors: Stored | None = None,
 ) -> tuple[Embeddings, Rows]:
     """Scores and row numbers [Q, k] of the best rows whose bit in `live` is set; −1 where there are fewer.
 
-    `nprobe` was tuned for ten neighbours among all rows: for a larger k, and where few of the rows visited live, more
-    lists are visited, up to all of them, until as many rows are found as there are.
+    The effort was tuned for ten neighbours among all rows: for a larger k, and where few rows may be found, more is
+    visited, until as many rows are found as there are. `vectors` [N, D]: the stored ones, which decide among few rows and
+    re-score.
     """
-    if not nprobe:
+    count = index.ntotal if live_count is None else live_count
+    possible = min(k, count)
+    if live is not None and vectors is not None and effort.visits and count <= EXACT_AMONG:
+        rows = np.flatnonzero(np.unpackbits(live, bitorder="little")[: index.ntotal])
+        return _padded(*exact_among(vectors, rows, queries, k), k)
+    if not effort.visits:
         return _search(index, queries, k, 0, live)
-    possible = min(k, index.ntotal if live_count is None else live_count)
-    nprobe = min(index.nlist, max(nprobe, -(-4 * k * index.nlist // index.ntotal)))
+    wanted = min(count, k * effort.rescore) if effort.rescore and vectors is not None else k
+    most = _inner(index).nlist if is_ivf(index) else index.ntotal
+    visits = effort.visits
+    if is_ivf(index):
+        visits = max(visits, -(-4 * wanted * most // index.ntotal))
+    else:
+        visits = max(visits, wanted)
+    if live is not None and count:
+        visits = int(visits * (index.ntotal / count) ** 0.5)
+    visits = min(most, visits)
     while True:
-        scores, rows = _search(index, queries, k, nprobe, live)
-        if nprobe == index.nlist or possible == 0 or (rows[:, possible - 1] >= 0).all():
-            return scores, rows
-        nprobe = min(index.nlist, 4 * nprobe)
+        scores, rows = _search(index, queries, wanted, visits, live)
+        if visits == most or possible == 0 or (rows[:, possible - 1] >= 0).all():
+            break
+        visits = min(most, 4 * visits)
+    if effort.rescore and vectors is not None:
+        return _rescored(vectors, queries, rows, k)
+    return scores, rows
 
 
-def _search(index: Any, queries: Embeddings, k: int, nprobe: int, live: Bitmap | None) -> tuple[Embeddings, Rows]:
+def exact_among(vectors: Stored, rows: Rows, queries: Embeddings, k: int) -> tuple[Embeddings, Rows]:
+    """Scores and row numbers [Q, min(k, R)] of the best of the rows [R], best first."""
+    k = min(k, len(rows))
+    best_scores = np.zeros((len(queries), 0), np.float32)
+    best_rows = np.zeros((len(queries), 0), np.int64)
+    for low in range(0, len(rows), BLOCK):
+        part = rows[low : low + BLOCK]
+        scores = queries @ np.asarray(vectors[part], np.float32).T
+        best_scores = np.concatenate([best_scores, scores], axis=1)
+        best_rows = np.concatenate([best_rows, np.broadcast_to(part, scores.shape)], axis=1)
+        best_scores, best_rows = _best(best_scores, best_rows, k)
+    return best_scores, best_rows
+
+
+def _best(scores: Embeddings, rows: Rows, k: int) -> tuple[Embeddings, Rows]:
+    if scores.shape[1] > k:
+        chosen = np.argpartition(-scores, k - 1, axis=1)[:, :k] if k else np.zeros((len(scores), 0), np.int64)
+        scores, rows = np.take_along_axis(scores, chosen, 1), np.take_along_axis(rows, chosen, 1)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def _rescored(vectors: Stored, queries: Embeddings, rows: Rows, k: int) -> tuple[Embeddings, Rows]:
+    """The k best of candidate rows [Q, R] by their stored vectors."""
+    there = np.maximum(rows, 0)
+    scores = np.empty(rows.shape, np.float32)
+    for i, query in enumerate(queries):
+        scores[i] = np.asarray(vectors[there[i]], np.float32) @ query
+    scores[rows < 0] = -np.inf
+    return _padded(*_best(scores, rows, k), k)
+
+
+def _padded(scores: Embeddings, rows: Rows, k: int) -> tuple[Embeddings, Rows]:
+    missing = ((0, 0), (0, k - rows.shape[1]))
+    return np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
+
+
+def _search(index: Any, queries: Embeddings, k: int, visits: int, live: Bitmap | None) -> tuple[Embeddings, Rows]:
     selector = None
     if live is not None:
         selector = faiss.IDSelectorBitmap(live)
     # The parameter class must match the index: Flat ignores a selector in any other class, without an error.
-    if nprobe:
-        parameters = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
-    else:
+    if not visits:
         parameters = faiss.SearchParameters(sel=selector)
+    elif is_ivf(index):
+        parameters = faiss.SearchParametersIVF(nprobe=visits, sel=selector)
+    else:
+        parameters = faiss.SearchParametersHNSW(efSearch=visits, sel=selector)
+    if isinstance(index, faiss.IndexPreTransform):
+        parameters = faiss.SearchParametersPreTransform(index_params=parameters)
     scores, rows = index.search(np.ascontiguousarray(queries, np.float32), k, params=parameters)
     return scores, rows
 
@@ -106,9 +408,10 @@ def write_index(index: Any, path: Path) -> None:
 
 
 def read_index(path: Path, rows: int, dim: int) -> Any:
-    """Load an index whose checksum was verified. Raises `RefusalError` when it is not what its segment says."""
+    """Open an index whose checksum was verified: memory-mapped, so that opening copies nothing. Raises `RefusalError` when
+    it is not what its segment says."""
     try:
-        index = faiss.read_index(str(path))
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as e:
         raise RefusalError(
             f"{path} cannot be read by faiss {faiss.__version__} ({e}): build the collection again"

@@ -28,10 +28,10 @@ class IndexInfo(BaseModel):
         """Run the command."""
         collection = Collection(self.collection)
         try:
-            found = describe(collection)
+            found, segments = describe(collection), collection.segments()
         finally:
             collection.close()
-        print(json.dumps(found, indent=2) if self.json_ else "\n".join(_lines(found)))
+        print(json.dumps(found, indent=2) if self.json_ else "\n".join(_lines(found, segments)))
         return 0
 
 
@@ -73,11 +73,12 @@ def describe(collection: Collection) -> dict[str, Any]:
         "created": collection.manifest.created.isoformat(),
         "origins": sorted(collection.origins),
         "bytes": _bytes(collection.folder),
-        "segments": [segment._asdict() for segment in segments],
+        "policy": collection.manifest.policy.model_dump(exclude_none=True),
+        "segments": [{**segment._asdict(), "info": segment.info.model_dump()} for segment in segments],
     }
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def _lines(found: dict[str, Any], segments: list[SegmentInfo]) -> list[str]:
     lines = [
         f"{found['name']}: {found['items']:,} items of {found['dim']} dimensions, {found['bytes'] / 2**20:,.1f} MiB",
         f"space      {found['space_id']}",
@@ -85,13 +86,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"vectors    made by {', '.join(found['origins']) or 'clients'}",
         f"fresh      {found['fresh']:,} rows in no segment yet, searched exactly",
         "",
-        f"{'segment':<9}{'rows':>12}{'dead':>10}  {'index':<16}{'nprobe':>7}{'recall@10':>11}",
+        f"{'segment':<9}{'rows':>12}{'dead':>10}{'MiB':>10}  {'index':<20}{'visits':>7}{'recall@10':>11}",
     ]
-    for entry in found["segments"]:
-        segment = SegmentInfo(**entry)
+    for segment in segments:
         lines.append(
-            f"{segment.number:04d}     {segment.rows:>12,}{segment.dead:>10,}  {segment.factory:<16}"
-            f"{segment.nprobe or 'all':>7}{segment.recall_at_10:>11.3f}"
+            f"{segment.number:04d}     {segment.rows:>12,}{segment.dead:>10,}{segment.bytes / 2**20:>10,.1f}  "
+            f"{segment.info.factory:<20}{segment.info.visits or 'all':>7}{segment.info.recall_at_10:>11.3f}"
         )
     return lines
 

@@ -26,8 +26,14 @@ class Query(BaseModel):
     """Address of the server."""
     collection: str | None = None
     """Name of the collection; not needed where the server has one only."""
-    top_k: int = Field(10, ge=1, le=1000)
+    top_k: int = Field(10, ge=1, le=10_000)
     """How many neighbours."""
+    filter: str = ""
+    """Only items for which it holds, such as 'folder = "beach" AND year >= 2020' (AIP-160, see docs/collections.md)."""
+    group_by: str = ""
+    """A payload field: of the items that share its value only the best comes."""
+    expand: int = Field(0, ge=0, le=100)
+    """Move the query towards so many of its neighbours first (alpha query expansion)."""
     out: Path | None = None
     """Draw a contact sheet into this file (.png or .jpg)."""
     images: Path | None = None
@@ -47,7 +53,9 @@ class Query(BaseModel):
         try:
             with Client(self.server) as client:
                 name = self.collection or _only([c.name for c in client.collections()])
-                neighbors = client.search(name, image=data, top_k=self.top_k)
+                neighbors = client.search(
+                    name, image=data, top_k=self.top_k, filter=self.filter, group_by=self.group_by, expand=self.expand
+                )
         except CallError as e:
             picture = f"{self.picture}: " if e.reason.startswith("IMAGE_") else ""
             raise RefusalError(f"{picture}{e}") from e

@@ -7,8 +7,10 @@ A row that was replaced or deleted stays as a tombstone (live = 0) with the sequ
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +38,7 @@ CREATE TABLE IF NOT EXISTS items (
 CREATE UNIQUE INDEX IF NOT EXISTS items_live_key ON items (key) WHERE live = 1;
 CREATE INDEX IF NOT EXISTS items_sequence ON items (sequence);
 CREATE INDEX IF NOT EXISTS items_segment ON items (segment);
+CREATE INDEX IF NOT EXISTS items_dead ON items (segment, id) WHERE live = 0 AND segment IS NOT NULL;
 CREATE INDEX IF NOT EXISTS items_fresh ON items (id) WHERE live = 1 AND segment IS NULL;
 CREATE TABLE IF NOT EXISTS segments (number INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
@@ -44,6 +47,8 @@ INSERT OR IGNORE INTO counters VALUES ('sequence', 0), ('id', 0), ('segment', 0)
 
 
 MAX_KEY_BYTES = 512
+# Larger files are checked by `likewise index verify` alone: reading them whole would make every start slow.
+CHECKED_UP_TO = 64 * 2**20
 _RESTORE = "restore the collection from a backup, or build it again"
 
 
@@ -97,7 +102,8 @@ class Records:
             self._db.executescript(_TABLES)
             if "file_sha256" not in {name for _, name, *_ in self._db.execute("PRAGMA table_info(items)")}:
                 self._db.execute("ALTER TABLE items ADD COLUMN file_sha256 TEXT")  # of before files were followed
-            problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            small = path.stat().st_size <= CHECKED_UP_TO
+            problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
         except sqlite3.DatabaseError as e:
             self._db.close()
             if e.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -140,40 +146,32 @@ class Records:
         self, rows: Sequence[NewRow], ids: Sequence[int], sequences: Sequence[int], segment: int | None,
         vectors: Embeddings | None,
     ) -> None:  # fmt: skip
-        """Insert live rows; live rows of the same keys become tombstones first. Inside a transaction."""
-        self._db.executemany(
-            "UPDATE items SET live = 0, sequence = ?, vector = NULL, payload = '{}' WHERE key = ? AND live = 1",
-            [(s, row.key) for s, row in zip(sequences, rows, strict=True)],
-        )
-        blobs = [None] * len(rows) if vectors is None else [np.ascontiguousarray(v).tobytes() for v in vectors]
+        """Insert live rows, whose keys no live row has. Inside a transaction."""
+        blobs = repeat(None) if vectors is None else map(bytes, np.ascontiguousarray(vectors, np.float32))
         self._db.executemany(
             "INSERT INTO items (id, key, sequence, live, segment, vector, payload, source_uri, origin, "
             "file_size, file_mtime_ns, file_sha256) VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (
-                    i,
-                    row.key,
-                    s,
-                    segment,
-                    blob,
-                    row.payload,
-                    row.source_uri,
-                    row.origin,
-                    row.file_size,
-                    row.file_mtime_ns,
-                    row.file_sha256,
-                )
-                for i, s, row, blob in zip(ids, sequences, rows, blobs, strict=True)
-            ],
+            (
+                (i, row.key, s, segment, blob, *row[1:])
+                for i, s, row, blob in zip(ids, sequences, rows, blobs, strict=False)
+            ),
         )
 
-    def bury(self, key: str, sequence: int) -> bool:
-        """Turn the live row of a key into a tombstone; whether there was one. Inside a transaction."""
-        done = self._db.execute(
-            "UPDATE items SET live = 0, sequence = ?, vector = NULL, payload = '{}' WHERE key = ? AND live = 1",
-            (sequence, key),
+    def places(self, keys: Sequence[str]) -> dict[str, tuple[int, int | None]]:
+        """Id and segment of the live rows that have one of the keys."""
+        found = {}
+        for low in range(0, len(keys), 1000):
+            some = keys[low : low + 1000]
+            asked = f"SELECT key, id, segment FROM items WHERE live = 1 AND key IN ({','.join('?' * len(some))})"  # noqa: S608
+            rows = self._db.execute(asked, some)
+            found.update({key: (row_id, segment) for key, row_id, segment in rows})
+        return found
+
+    def bury(self, rows: Iterable[tuple[int, int]]) -> None:
+        """Turn live rows (sequence number of the write, id) into tombstones. Inside a transaction."""
+        self._db.executemany(
+            "UPDATE items SET live = 0, sequence = ?, vector = NULL, payload = '{}' WHERE id = ?", rows
         )
-        return done.rowcount > 0
 
     def adopt(self, segment: int, ids: Sequence[int] | None = None) -> None:
         """Make a written segment live; fresh rows `ids`, dead ones too, move into it. Inside a transaction."""
@@ -206,11 +204,7 @@ class Records:
 
     def live(self, key: str) -> Record | None:
         """The live row of a key."""
-        found = self._db.execute(
-            "SELECT id, key, payload, source_uri, sequence, segment, vector, origin FROM items WHERE key = ? AND live = 1",
-            (key,),
-        ).fetchone()
-        return _record(found) if found else None
+        return _live(self._db, key)
 
     def fresh(self) -> list[Record]:
         """Live rows that are in no segment yet, by id."""
@@ -223,6 +217,18 @@ class Records:
     def tombstones(self) -> list[tuple[int, int]]:
         """(segment, id) of dead rows that a segment still holds."""
         return self._db.execute("SELECT segment, id FROM items WHERE live = 0 AND segment IS NOT NULL").fetchall()
+
+    def extent(self, segment: int) -> tuple[int, int, int]:
+        """Rows that a segment holds, dead ones too: how many, the sum of their ids, and the largest."""
+        found = self._db.execute(
+            "SELECT count(*), coalesce(sum(id), 0), coalesce(max(id), 0) FROM items WHERE segment = ?", (segment,)
+        ).fetchone()
+        return found[0], found[1], found[2]
+
+    def check(self) -> str | None:
+        """What is wrong with the file, None where nothing is."""
+        found: str = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        return None if found == "ok" else found
 
     def held(self, segment: int) -> list[tuple[int, str]]:
         """(id, key) of the rows that a segment holds, dead ones too, by id."""
@@ -251,6 +257,42 @@ class Records:
     def close(self) -> None:
         """Close the connection."""
         self._db.close()
+
+
+class ClosedError(Exception):
+    """The collection was closed meanwhile."""
+
+
+class Reader:
+    """A second connection, that reads what was committed while a write goes on. Thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a file that `Records` has opened."""
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        self._db.execute("PRAGMA query_only=1")
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def live(self, key: str) -> Record | None:
+        """The live row of a key. Raises `ClosedError`."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError
+            return _live(self._db, key)
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            self._closed = True
+            self._db.close()
+
+
+def _live(db: sqlite3.Connection, key: str) -> Record | None:
+    found = db.execute(
+        "SELECT id, key, payload, source_uri, sequence, segment, vector, origin FROM items WHERE key = ? AND live = 1",
+        (key,),
+    ).fetchone()
+    return _record(found) if found else None
 
 
 def _record(found: tuple[int, str, str, str, int, int | None, bytes | None, str]) -> Record:

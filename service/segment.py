@@ -1,20 +1,27 @@
 """Immutable segments of a collection.
 
 segments/0001/
-    vectors.npy    float32 [N, D], unit rows, memory-mapped
-    rows.arrow     id, key, payload, source_uri, sequence: memory-mapped, so that queries never read SQLite
+    vectors.npy    float32 or float16 [N, D], unit rows
+    rows.arrow     id, key, payload, source_uri, sequence
+    payload.arrow  typed columns of the payload's fields, for filters
     index.faiss    nearest neighbours over the rows' positions
-    segment.json   counts, checksums, how the index was made, who made the vectors
+    segment.json   counts, checksums, how the index was chosen and what it is worth, who made the vectors
+
+All are memory-mapped: opening copies nothing, and a query never reads SQLite.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from export.bundle import (
@@ -27,16 +34,32 @@ from export.bundle import (
     sha256_file,
     write_file,
 )
-from service.index import Bitmap, Rows, build_index, read_index, search_index, write_index
+from service.checksums import FileSum, sum_of, verify
+from service.filter import Attributes, Filter
+from service.index import (
+    BLOCK,
+    Bitmap,
+    IndexInfo,
+    IndexPolicy,
+    Rows,
+    Stored,
+    build_index,
+    read_index,
+    search_index,
+    write_index,
+)
+from service.payload import columns_of, merged
 
-SEGMENT_FORMAT = 1
-_FILES = ("vectors.npy", "rows.arrow", "index.faiss")
+SEGMENT_FORMAT = 2
+# Bitmaps of the last filters, N / 8 bytes each.
+FILTERS_KEPT = 32
+_AGAIN = "restore the folder from a backup, or build the collection again"
 _SCHEMA = pa.schema(
     [
         ("id", pa.int64()),
-        ("key", pa.string()),
-        ("payload", pa.string()),
-        ("source_uri", pa.string()),
+        ("key", pa.large_string()),
+        ("payload", pa.large_string()),
+        ("source_uri", pa.large_string()),
         ("sequence", pa.int64()),
     ]
 )
@@ -51,16 +74,25 @@ class SegmentManifest(Sealed):
     """Vectors in it."""
     dim: int
     """Their length."""
-    factory: str
-    """FAISS factory string of the index."""
-    nprobe: int
-    """Lists visited per query (0: exact)."""
-    recall_at_10: float
-    """Measured against exact search."""
+    index: IndexInfo
+    """How it is searched."""
     origins: dict[str, int]
     """How many vectors each variant and provider made."""
+    files: dict[str, FileSum]
+    """What each file must be."""
+
+
+class _Manifest1(Sealed):
+    """segment.json of format 1: no typed columns, and one checksum per file."""
+
+    format_version: int
+    rows: int
+    dim: int
+    factory: str
+    nprobe: int
+    recall_at_10: float
+    origins: dict[str, int]
     sha256: dict[str, str]
-    """Checksum per file."""
 
 
 class StoredRow(NamedTuple):
@@ -76,40 +108,70 @@ class StoredRow(NamedTuple):
 class Segment:
     """An opened segment whose files match their checksums."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises `RefusalError` on missing or damaged files."""
-        again = "restore the folder from a backup, or build the collection again"
+    def __init__(self, folder: Path, full: bool = False) -> None:
+        """Verify (large files in part, or in `full`) and open. Raises `RefusalError` on missing or damaged files."""
         path = folder / "segment.json"
         if not path.is_file():
-            raise RefusalError(f"{folder} is part of the collection, but {path.name} is missing there: {again}")
-        self.manifest = read_contract(path, SegmentManifest, SEGMENT_FORMAT, again)
-        for name in _FILES:
-            file = folder / name
-            found = sha256_file(file) if file.is_file() else "nothing"
-            expected = self.manifest.sha256.get(name, "nothing")
-            if found != expected:
-                raise RefusalError(
-                    f"{file} has checksum {found[:12]}…, segment.json says {expected[:12]}…: the file was damaged; {again}"
-                )
+            raise RefusalError(f"{folder} is part of the collection, but {path.name} is missing there: {_AGAIN}")
         self.folder = folder
-        self.vectors: Embeddings = np.load(folder / "vectors.npy", mmap_mode="r")
-        with pa.memory_map(str(folder / "rows.arrow")) as source:
-            self.table = pa.ipc.open_file(source).read_all().combine_chunks()
-        self._columns = [self.table[name].combine_chunks() for name in _SCHEMA.names]
+        self.manifest, self._whole = _read_manifest(path)
+        self.verify(full)
+        self.vectors: Stored = np.load(folder / "vectors.npy", mmap_mode="r")
+        self.table = _mapped(folder / "rows.arrow")
+        self._columns = [self.table[name].chunk(0) if len(self) else pa.array([], self.table[name].type)
+                         for name in _SCHEMA.names]  # fmt: skip
         self.ids: Rows = self._columns[0].to_numpy()
+        self.info = self.manifest.index
+        self._passing = functools.lru_cache(FILTERS_KEPT)(self._evaluated)
         self._index = read_index(folder / "index.faiss", self.manifest.rows, self.manifest.dim)
 
     def __len__(self) -> int:
         return self.manifest.rows
 
+    def verify(self, full: bool) -> None:
+        """Compare the files with their checksums. Raises `RefusalError`."""
+        for name, expected in self.manifest.files.items():
+            verify(self.folder / name, expected, _AGAIN, full)
+        for name, digest in self._whole.items():
+            file = self.folder / name
+            found = sha256_file(file) if file.is_file() else "nothing"
+            if found != digest:
+                raise RefusalError(
+                    f"{file} has checksum {found[:12]}…, segment.json says {digest[:12]}…: the file was damaged; {_AGAIN}"
+                )
+
     def search(self, queries: Embeddings, k: int, live: Bitmap | None, live_count: int) -> tuple[Embeddings, Rows]:
         """Scores and positions [Q, k] among the live rows (all where `live` is None); −1 where there are fewer."""
         count = len(self) if live is None else live_count
-        return search_index(self._index, queries, min(k, len(self)), self.manifest.nprobe, live, count)
+        return search_index(self._index, queries, min(k, len(self)), self.info.effort, live, count, self.vectors)
 
     def row(self, position: int) -> StoredRow:
         """The row at a position."""
         return StoredRow(*(column[position].as_py() for column in self._columns))
+
+    def vector(self, position: int) -> Embeddings:
+        """[D], of length 1."""
+        return unit(np.array(self.vectors[position], np.float32)) if self.halved else np.array(self.vectors[position])
+
+    @property
+    def halved(self) -> bool:
+        """Whether vectors are stored in float16."""
+        return self.vectors.dtype == np.float16
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """What filters look at."""
+        path = self.folder / "payload.arrow"
+        columns = _mapped(path) if path.is_file() else columns_of(self._columns[2].to_pylist())
+        return Attributes(self._columns[1], self._columns[3], self._columns[4], self._columns[2], columns)
+
+    def passing(self, wanted: Filter) -> tuple[Bitmap, int]:
+        """The rows, dead ones too, that a filter passes, as a bitmap, and how many they are. The last filters' are kept."""
+        return self._passing(wanted)
+
+    def _evaluated(self, wanted: Filter) -> tuple[Bitmap, int]:
+        mask = wanted.mask(self.attributes)
+        return np.packbits(mask, bitorder="little"), int(mask.sum())
 
     def identities(self) -> list[tuple[int, str]]:
         """(id, key) of every row, by id."""
@@ -125,6 +187,55 @@ class Segment:
         return int(np.searchsorted(self.ids, row_id))
 
 
+def unit(vector: Embeddings) -> Embeddings:
+    """Of length 1 again after a rounding, [..., D]."""
+    scaled: Embeddings = vector / np.linalg.norm(vector, axis=-1, keepdims=True)
+    return scaled
+
+
+def _read_manifest(path: Path) -> tuple[SegmentManifest, dict[str, str]]:
+    """segment.json of any format, and the checksums of whole files that format 1 has instead of those per chunk."""
+    try:
+        old = json.loads(path.read_bytes())["format_version"] == 1
+    except (OSError, ValueError, TypeError, KeyError):
+        old = False  # said below
+    if not old:
+        return read_contract(path, SegmentManifest, SEGMENT_FORMAT, _AGAIN), {}
+    found = read_contract(path, _Manifest1, 1, _AGAIN)
+    info = IndexInfo(factory=found.factory, visits=found.nprobe, recall_at_10=found.recall_at_10)
+    manifest = SegmentManifest(
+        format_version=1, rows=found.rows, dim=found.dim, index=info, origins=found.origins, files={}
+    )
+    return manifest, found.sha256
+
+
+def _mapped(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_file(source).read_all()
+    return table.combine_chunks() if any(column.num_chunks > 1 for column in table.columns) else table
+
+
+class Batch(NamedTuple):
+    """Rows to be written as a segment, ascending by id."""
+
+    rows: pa.Table
+    """id, key, payload, source_uri, sequence."""
+    payload: pa.Table
+    """Typed columns of the payload."""
+    dim: int
+    """Length of the vectors."""
+    blocks: Iterable[npt.NDArray[Any]]
+    """Vectors, block by block."""
+    origins: Mapping[str, int]
+    """How many of the vectors each variant and provider made."""
+
+
+def batch_of(rows: Sequence[StoredRow], vectors: Embeddings, origins: Mapping[str, int]) -> Batch:
+    """Rows with vectors [N, D]."""
+    slices = (vectors[low : low + BLOCK] for low in range(0, len(vectors), BLOCK))
+    return Batch(table_of(rows), columns_of([row.payload for row in rows]), vectors.shape[1], slices, origins)
+
+
 def table_of(rows: Sequence[StoredRow]) -> pa.Table:
     """Rows as columns."""
     by_column = zip(*rows, strict=True) if rows else ([] for _ in _SCHEMA)
@@ -132,44 +243,71 @@ def table_of(rows: Sequence[StoredRow]) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=_SCHEMA)
 
 
-def joined(segments: Sequence[Segment], positions: Sequence[Rows]) -> tuple[pa.Table, Embeddings]:
-    """Rows of segments at `positions`, and their vectors [N, D], ascending by id."""
+def attributes_of(rows: Sequence[StoredRow]) -> Attributes:
+    """What filters look at, of rows that no segment holds yet."""
+    batch = table_of(rows)
+    key, payload, uri, sequence = (
+        batch[name].combine_chunks() for name in ("key", "payload", "source_uri", "sequence")
+    )
+    return Attributes(key, uri, sequence, payload, columns_of([row.payload for row in rows]))
+
+
+def joined(segments: Sequence[Segment], positions: Sequence[Rows], origins: Mapping[str, int]) -> Batch:
+    """Rows of segments at `positions`: vectors are copied block by block."""
     ids = np.concatenate([segment.ids[at] for segment, at in zip(segments, positions, strict=True)])
     order = np.argsort(ids)
-    rows = pa.concat_tables([segment.table.take(at) for segment, at in zip(segments, positions, strict=True)])
-    vectors = np.empty((len(ids), segments[0].manifest.dim), np.float32)
-    places = np.argsort(order)  # where each row goes
-    ends = np.cumsum([len(at) for at in positions])
-    for segment, at, end in zip(segments, positions, ends.tolist(), strict=True):
-        vectors[places[end - len(at) : end]] = segment.vectors[at]
-    return rows.take(order), vectors
+    rows = pa.concat_tables(
+        [segment.table.take(at).cast(_SCHEMA) for segment, at in zip(segments, positions, strict=True)]
+    )
+    payload = merged([s.attributes.columns.take(at) for s, at in zip(segments, positions, strict=True)])
+    sources = np.repeat(np.arange(len(segments)), [len(at) for at in positions])[order]
+    places = np.concatenate(list(positions))[order]
+    dim = segments[0].manifest.dim
+    same = len({segment.vectors.dtype for segment in segments}) == 1
+
+    def blocks() -> Iterator[npt.NDArray[Any]]:
+        for low in range(0, len(ids), BLOCK):
+            source, place = sources[low : low + BLOCK], places[low : low + BLOCK]
+            block = np.empty((len(source), dim), segments[0].vectors.dtype if same else np.float32)
+            for number in np.unique(source).tolist():
+                mine = source == number
+                block[mine] = segments[number].vectors[place[mine]]
+            yield block
+
+    return Batch(rows.take(order), payload.take(order), dim, blocks(), origins)
 
 
-def write_segment(folder: Path, rows: pa.Table, vectors: Embeddings, origins: Mapping[str, int]) -> Segment:
-    """Write a whole segment durably, and open it: it is there complete, or not at all. `rows` ascend by id; `origins`: how
-    many of the vectors [N, D] each variant and provider made."""
+def write_segment(folder: Path, batch: Batch, policy: IndexPolicy, memory: float | None = None) -> Segment:
+    """Write a whole segment durably, and open it: it is there complete, or not at all. `memory`: bytes of its index."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     make_folder(folder.parent)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        np.save(temporary / "vectors.npy", vectors)
-        with pa.OSFile(str(temporary / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            writer.write_table(rows.combine_chunks())
-        index, info = build_index(vectors)
+        _write_vectors(temporary / "vectors.npy", batch, np.dtype(policy.vectors))
+        for name, table in (("rows.arrow", batch.rows), ("payload.arrow", batch.payload)):
+            with pa.OSFile(str(temporary / name), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+        index, info = build_index(np.load(temporary / "vectors.npy", mmap_mode="r"), policy, memory)
         write_index(index, temporary / "index.faiss")
-        del index  # it is read again below
+        del index  # it is opened below
         manifest = SegmentManifest(
-            rows=len(rows),
-            dim=vectors.shape[1],
-            factory=info.factory,
-            nprobe=info.nprobe,
-            recall_at_10=info.recall_at_10,
-            origins=dict(origins),
-            sha256={name: sha256_file(temporary / name) for name in _FILES},
+            rows=len(batch.rows),
+            dim=batch.dim,
+            index=info,
+            origins=dict(batch.origins),
+            files={path.name: sum_of(path) for path in sorted(temporary.iterdir())},
         )
         write_file(temporary / "segment.json", manifest.sealed().model_dump_json(indent=2))
         publish(temporary, folder)
         return Segment(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_vectors(path: Path, batch: Batch, dtype: np.dtype[Any]) -> None:
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (len(batch.rows), batch.dim)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_2_0(file, header)
+        for block in batch.blocks:
+            file.write(np.ascontiguousarray(block, dtype).data)

@@ -24,7 +24,8 @@ from service.errors import InternalError
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
-from service.servicer import CollectionService, EncoderService, Engine, ErrorInterceptor, SearchService
+from service.search import SearchService
+from service.servicer import CollectionService, EncoderService, Engine, ErrorInterceptor
 from service.store import Store
 
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import math
 import sys
 import time
 import traceback
@@ -23,7 +22,7 @@ from google.protobuf.struct_pb2 import Struct
 from export.bundle import Embeddings
 from export.preprocess import UnreadablePictureError
 from service.batching import Batcher, Embedded
-from service.collection import Collection, Hit, check_key, check_space, unit_rows
+from service.collection import Collection, check_key, check_space, unit_rows
 from service.encoder import Encoder
 from service.errors import InternalError, InvalidArgumentError, PreconditionError, ServiceError, unreadable
 from service.metrics import Metrics
@@ -35,7 +34,6 @@ from service.store import Store
 
 MAX_ITEMS = 256
 MAX_KEYS = 1000
-MAX_TOP_K = 1000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
@@ -102,22 +100,6 @@ class Engine:
         self.metrics.images.labels(outcome="ok").inc()
         clock.queue, clock.infer = max(clock.queue, done.queue_seconds), max(clock.infer, done.infer_seconds)
         return done.vector
-
-    async def search(
-        self,
-        collection: Collection,
-        query: Embeddings,
-        k: int,
-        min_score: float | None,
-        leave_out: str | None,
-        clock: Clock,
-    ) -> list[Hit]:
-        """Neighbours of one vector."""
-        start = time.monotonic()
-        (hits,) = await self.read(collection.search, query[None], k, min_score, leave_out)
-        clock.search = time.monotonic() - start
-        self.metrics.search_seconds.observe(clock.search)
-        return hits
 
     async def read(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking call that changes nothing in a thread: never behind a write's fsync."""
@@ -193,44 +175,6 @@ class EncoderService(pb_grpc.EncoderServiceServicer):
                 max_image_pixels=encoder.limits.max_pixels,
             )
         )  # fmt: skip
-
-
-class SearchService(pb_grpc.SearchServiceServicer):
-    """likewise.v1.SearchService."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:  # noqa: N802
-        """See the proto."""
-        clock = Clock()
-        engine = self._engine
-        collection = engine.store.get(request.collection)
-        k = request.top_k if request.HasField("top_k") else 10
-        if not 1 <= k <= MAX_TOP_K:
-            raise InvalidArgumentError(
-                f"top_k is {k}, 1 to {MAX_TOP_K} are allowed", "BAD_TOP_K", "top_k", top_k=k, limit=MAX_TOP_K
-            )
-        kind = request.query.WhichOneof("kind")
-        leave_out = None
-        if kind == "image":
-            (row,) = await engine.embed([request.query.image.content], ["query.image.content"], context, clock)
-            if isinstance(row, ServiceError):
-                raise row
-            query = row
-        elif kind == "vector":
-            query = _vector(request.query.vector, collection, "query.vector")
-        elif kind == "key":
-            item = await engine.read(collection.get, request.query.key)
-            query, leave_out = item.vector, request.query.key
-        else:
-            raise InvalidArgumentError("the query is missing: set image, vector or key", field="query")
-        min_score = request.min_score if request.HasField("min_score") else None
-        if min_score is not None and not math.isfinite(min_score):
-            raise InvalidArgumentError("min_score is not a finite number", "BAD_MIN_SCORE", "min_score")
-        hits = await engine.search(collection, query, k, min_score, leave_out, clock)
-        neighbors = [pb.Neighbor(item=_item(hit.row), score=hit.score) for hit in hits]
-        return pb.SearchResponse(neighbors=neighbors, space_id=collection.space_id, timings=clock.timings())
 
 
 class CollectionService(pb_grpc.CollectionServiceServicer):
@@ -313,7 +257,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         """See the proto."""
         collection = self._engine.store.get(request.collection)
         row, vector, _ = await self._engine.read(collection.get, request.key)
-        item = _item(row)
+        item = item_of(row)
         item.vector.values.extend(vector.tolist())
         return pb.GetItemResponse(item=item, space_id=collection.space_id)
 
@@ -374,13 +318,15 @@ def _code_name(error: ServiceError) -> str:
     return next(code.name for code in grpc.StatusCode if code.value[0] == error.code)
 
 
-def _vector(vector: pb.Vector, collection: Collection, path: str) -> Embeddings:
+def vector_of(vector: pb.Vector, collection: Collection, path: str) -> Embeddings:
+    """[D], of length 1. Raises `ServiceError` on another space or length."""
     check_space(vector.space_id, collection.space_id)
     row: Embeddings = unit_rows(np.array(vector.values, np.float32), collection.dim, path)[0]
     return row
 
 
-def _item(row: StoredRow) -> pb.Item:
+def item_of(row: StoredRow) -> pb.Item:
+    """An item as the API gives it, without its vector."""
     return pb.Item(key=row.key, payload=_struct(row.payload), source_uri=row.source_uri, sequence=row.sequence)
 
 
@@ -404,7 +350,7 @@ def _given(item: pb.NewItem, i: int, collection: Collection, encoder: str) -> _G
             raise InvalidArgumentError("the item has no source: set image or vector", field=f"items[{i}].source")
         if kind == "image":
             return _Given(NewRow(item.key, payload, item.source_uri, encoder), None)
-        vector = _vector(item.vector, collection, f"items[{i}].vector")
+        vector = vector_of(item.vector, collection, f"items[{i}].vector")
         return _Given(NewRow(item.key, payload, item.source_uri), vector)
     except ServiceError as e:
         return e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import sqlite3
@@ -19,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from export.bundle import RefusalError
 from service.collection import Collection
 from service.errors import DiskFullError, InvalidArgumentError, NotFoundError
-from service.index import build_index, search_index
+from service.filter import Filter
 from service.records import NewRow
 from service.segment import Segment
 
@@ -32,7 +33,7 @@ def unit(count: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
 
 
 def rows(*keys: str) -> list[NewRow]:
-    return [NewRow(key, f'{{"k": "{key}"}}', f"file:///{key}") for key in keys]
+    return [NewRow(key, json.dumps({"k": key}), f"file:///{key}") for key in keys]
 
 
 @pytest.fixture
@@ -40,6 +41,9 @@ def collection(tmp_path: Path):
     c = Collection.create(tmp_path / "things", "lw1-x", DIM)
     yield c
     c.close()
+
+
+FILTER = Filter.parse('k = ("k3" OR "k7") OR key >= "k9"')
 
 
 class Shadow(RuleBasedStateMachine):
@@ -108,6 +112,8 @@ class Shadow(RuleBasedStateMachine):
         expected = sorted(((float(v @ query[0]), k) for k, v in self.truth.items()), key=lambda p: -p[0])
         assert [h.row.key for h in hits] == [k for _, k in expected]
         assert np.allclose([h.score for h in hits], [s for s, _ in expected], atol=1e-5)
+        (some,) = self.collection.search(query, 3, filters=FILTER)
+        assert [h.row.key for h in some] == [k for _, k in expected if k in ("k3", "k7") or k >= "k9"][:3]
 
     @precondition(lambda self: self.truth)
     @rule(pick=st.integers(0, 100))
@@ -138,7 +144,7 @@ def test_search_sorts_filters_and_leaves_out(collection: Collection) -> None:
         scores = [h.score for h in hits]
         assert scores == sorted(scores, reverse=True)
         assert np.allclose(scores, np.sort(vectors @ query)[::-1][:7], atol=1e-5)
-    (hits,) = collection.search(vectors[3:4], 3, leave_out="s03")
+    (hits,) = collection.search(vectors[3:4], 3, leave_out=[frozenset({"s03"})])
     assert len(hits) == 3 and "s03" not in {h.row.key for h in hits}
     (hits,) = collection.search(vectors[3:4], 30, min_score=0.5)
     assert all(h.score >= 0.5 for h in hits) and hits[0].row.key == "s03" and hits[0].score <= 1.0
@@ -388,34 +394,6 @@ def test_segments_of_one_size_are_merged_and_large_ones_left(collection: Collect
     assert collection.merge_due
     collection.maintain()
     assert sorted((s.rows, s.dead) for s in collection.segments()) == [(8, 0), (80, 0)] and not collection.merge_due
-
-
-@pytest.mark.parametrize("exact_up_to", [10_000, 100])
-def test_dead_rows_never_come_back_from_any_index(exact_up_to: int) -> None:
-    vectors = unit(2000, 3, 16)
-    index, info = build_index(vectors, exact_up_to)
-    assert info.factory == ("Flat" if exact_up_to > 2000 else "IVF178,Flat") and info.recall_at_10 >= 0.95
-    dead = np.arange(0, 2000, 2)
-    flags = np.ones(2000, np.uint8)
-    flags[dead] = 0
-    live = np.packbits(flags, bitorder="little")
-    _, found = search_index(index, vectors[dead], 10, info.nprobe, live)
-    assert (found % 2 == 1).all()
-    _, everything = search_index(index, vectors, 1, info.nprobe, None)
-    assert (everything[:, 0] == np.arange(2000)).mean() > 0.95
-
-
-@pytest.mark.parametrize("live", [2000, 300, 12, 3])
-@pytest.mark.parametrize("k", [1, 10, 500, 1000])
-def test_inverted_lists_return_as_many_rows_as_there_are(live: int, k: int) -> None:
-    vectors = unit(2000, 3, 16)
-    index, info = build_index(vectors, 100)
-    flags = np.zeros(2000, np.uint8)
-    flags[np.random.default_rng(0).choice(2000, live, replace=False)] = 1
-    bitmap = np.packbits(flags, bitorder="little")
-    _, found = search_index(index, unit(5, 9, 16), k, info.nprobe, bitmap, live)
-    assert ((found >= 0).sum(axis=1) == min(k, live)).all()
-    assert flags[found[found >= 0]].all()
 
 
 def test_missing_records_are_refused_and_the_segments_stay(collection: Collection) -> None:

@@ -137,7 +137,7 @@ def test_refusals_say_code_reason_and_sentence(client: Client) -> None:
         (lambda: client.search("shapes", vector=np.full(64, np.nan)), "INVALID_ARGUMENT", "BAD_VECTOR", "finite"),
         (lambda: client.search("shapes"), "INVALID_ARGUMENT", "BAD_REQUEST", "query is missing"),
         (lambda: client.search("shapes", image=picture, top_k=-1), "INVALID_ARGUMENT", "BAD_TOP_K", "1 to 1000"),
-        (lambda: client.search("shapes", image=picture, top_k=1001), "INVALID_ARGUMENT", "BAD_TOP_K", "1 to 1000"),
+        (lambda: client.search("shapes", image=picture, top_k=10001), "INVALID_ARGUMENT", "BAD_TOP_K", "1 to 10000"),
         (
             lambda: client.search("shapes", vector=np.ones(64), space_id="lw1-other"),
             "FAILED_PRECONDITION",

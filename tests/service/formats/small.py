@@ -33,7 +33,9 @@ def vectors() -> Embeddings:
 def new_row(i: int) -> NewRow:
     """Item i."""
     payload = {"number": i, "colour": ["red", "green"][i % 2], "tags": ["a", f"t{i % 3}"], "box": {"wide": i > 20}}
-    return NewRow(f"folder/{i:02d}.jpg", json.dumps(payload), f"file:///pictures/{i:02d}.jpg", "fp32/CPU", 100 + i, i, "0")
+    return NewRow(
+        f"folder/{i:02d}.jpg", json.dumps(payload), f"file:///pictures/{i:02d}.jpg", "fp32/CPU", 100 + i, i, "0"
+    )
 
 
 def live() -> dict[str, int]:

@@ -1,0 +1,210 @@
+"""What a search sees of a collection: an immutable picture of it, that writers replace.
+
+So readers never wait, nothing that they share is changed, and a search in a replaced view still finds its files mapped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from export.bundle import Embeddings
+from service.filter import Filter
+from service.fresh import Fresh
+from service.index import Bitmap
+from service.segment import Segment, StoredRow
+
+
+class Hit(NamedTuple):
+    """A neighbour."""
+
+    row: StoredRow
+    score: float
+
+
+class _Found(NamedTuple):
+    score: float
+    key: str
+    part: Part | None  # None: among the fresh rows
+    at: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A segment and which of its rows live (None: all)."""
+
+    number: int
+    segment: Segment
+    live: Bitmap | None = None
+    live_count: int = 0
+
+    @property
+    def count(self) -> int:
+        """Live rows."""
+        return len(self.segment) if self.live is None else self.live_count
+
+    def flags(self) -> Bitmap:
+        """1 for each live row, 0 for each dead one."""
+        if self.live is None:
+            return np.ones(len(self.segment), np.uint8)
+        return np.unpackbits(self.live, bitorder="little")[: len(self.segment)]
+
+    def without(self, positions: Sequence[int]) -> Part:
+        """The same with some rows dead."""
+        flags = self.flags()
+        flags[list(positions)] = 0
+        return replace(self, live=np.packbits(flags, bitorder="little"), live_count=int(flags.sum()))
+
+    def among(self, wanted: Filter | None) -> tuple[Bitmap | None, int]:
+        """The live rows that a filter passes, as a bitmap (None: every row), and how many they are."""
+        if wanted is None:
+            return self.live, self.count
+        bits, count = self.segment.passing(wanted)
+        if self.live is None:
+            return bits, count
+        bits = bits & self.live
+        return bits, int(np.bitwise_count(bits).sum())
+
+
+@dataclass(frozen=True)
+class View:
+    """What a search sees: never changed once published."""
+
+    parts: tuple[Part, ...]
+    fresh: Fresh
+
+    def search(
+        self,
+        queries: Embeddings,
+        k: int,
+        filters: Sequence[Filter | None],
+        left_out: Sequence[frozenset[str]],
+        min_score: float | None = None,
+    ) -> list[list[Hit]]:
+        """The k most similar live rows of each unit query [Q, D] that its filter passes, best first; ties by key."""
+        found = self._nearest(queries, k, filters, left_out, min_score)
+        return [[self._hit(each) for each in row] for row in found]
+
+    def groups(
+        self,
+        query: Embeddings,
+        k: int,
+        size: int,
+        field: str,
+        wanted: Filter | None,
+        left_out: frozenset[str],
+        min_score: float | None = None,
+    ) -> list[list[Hit]]:
+        """The k best groups of rows with one value of a payload field, each with its `size` best rows; rows without the
+        field are groups of their own. Groups come by their best row. `query`: [1, D]."""
+        read = _value_of(field)
+        reach = 4 * k * size
+        while True:
+            (found,) = self._nearest(query, reach, [wanted], [left_out], min_score)
+            groups: dict[Any, list[Hit]] = {}
+            for each in found:
+                hit = self._hit(each)
+                value = read(hit.row.payload)
+                name = ("alone", hit.row.id) if value is None else ("value", value)
+                if name in groups or len(groups) < k:
+                    rows = groups.setdefault(name, [])
+                    if len(rows) < size:
+                        rows.append(hit)
+            full = len(groups) == k and all(len(rows) == size or name[0] == "alone" for name, rows in groups.items())
+            if full or len(found) < reach:
+                return list(groups.values())
+            reach *= 4
+
+    def within(
+        self, query: Embeddings, min_score: float, wanted: Filter | None = None, left_out: frozenset[str] = frozenset()
+    ) -> list[Hit]:
+        """Every live row at least so similar to the query [1, D], best first."""
+        reach = 64
+        while True:
+            (found,) = self._nearest(query, reach, [wanted], [left_out], min_score)
+            if len(found) < reach:
+                return [self._hit(each) for each in found]
+            reach *= 4
+
+    def expanded(
+        self, queries: Embeddings, neighbours: int, alpha: float, filters: Sequence[Filter | None],
+        left_out: Sequence[frozenset[str]],
+    ) -> Embeddings:  # fmt: skip
+        """Each query [Q, D] plus its nearest neighbours, weighted by similarity to the power of `alpha`: α-query expansion
+        (Radenović et al. 2018, section 3.4; α = 0 is the average of Chum et al. 2007)."""
+        grown = queries.copy()
+        for i, row in enumerate(self._nearest(queries, neighbours, filters, left_out, None)):
+            for each in row:
+                grown[i] += max(each.score, 0.0) ** alpha * self._vector(each)
+        scaled: Embeddings = grown / np.linalg.norm(grown, axis=1, keepdims=True)
+        return scaled
+
+    def _nearest(
+        self,
+        queries: Embeddings,
+        k: int,
+        filters: Sequence[Filter | None],
+        left_out: Sequence[frozenset[str]],
+        min_score: float | None,
+    ) -> list[list[_Found]]:
+        found: list[list[_Found]] = [[] for _ in queries]
+        more = max((len(names) for names in left_out), default=0)
+        for wanted, members in _alike(filters):
+            asked = queries if len(members) == len(queries) else queries[members]
+            for part in self.parts:
+                bits, count = part.among(wanted)
+                if not count:
+                    continue
+                scores, positions = part.segment.search(asked, k + more, bits, count)
+                for i, row_scores, row_positions in zip(members, scores.tolist(), positions.tolist(), strict=True):
+                    found[i] += [
+                        _Found(score, part.segment.key(at), part, at)
+                        for score, at in zip(row_scores, row_positions, strict=True)
+                        if at >= 0
+                    ]
+            flags, count = self.fresh.among(wanted)
+            if count:
+                scores, positions = self.fresh.search(asked, k + more, flags, count)
+                for i, row_scores, row_positions in zip(members, scores.tolist(), positions.tolist(), strict=True):
+                    found[i] += [
+                        _Found(score, self.fresh.rows[at].key, None, at)
+                        for score, at in zip(row_scores, row_positions, strict=True)
+                    ]
+        best = []
+        for row, names in zip(found, left_out, strict=True):
+            row.sort(key=lambda each: (-each.score, each.key))
+            kept = [e for e in row if e.key not in names and (min_score is None or e.score >= min_score)]
+            best.append(kept[:k])
+        return best
+
+    def _hit(self, each: _Found) -> Hit:
+        row = self.fresh.rows[each.at] if each.part is None else each.part.segment.row(each.at)
+        return Hit(row, max(-1.0, min(1.0, each.score)))
+
+    def _vector(self, each: _Found) -> Embeddings:
+        return self.fresh.buffer[each.at] if each.part is None else each.part.segment.vector(each.at)
+
+
+def _alike(filters: Sequence[Filter | None]) -> list[tuple[Filter | None, list[int]]]:
+    """Queries with the same filter together."""
+    together: dict[str | None, tuple[Filter | None, list[int]]] = {}
+    for i, each in enumerate(filters):
+        together.setdefault(None if each is None else each.text, (each, []))[1].append(i)
+    return list(together.values())
+
+
+def _value_of(field: str) -> Callable[[str], Any]:
+    """Reads a payload field (`a.b` inside objects) for grouping: None where it is absent, an object or a list."""
+    names = field.split(".")
+
+    def read(payload: str) -> Any:
+        value: Any = json.loads(payload)
+        for name in names:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value if isinstance(value, str | float | int) else None
+
+    return read

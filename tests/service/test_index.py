@@ -1,0 +1,124 @@
+"""The indexes: what every factory that may be chosen keeps to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.bundle import RefusalError
+from service.index import (
+    IndexPolicy,
+    build_index,
+    bytes_of,
+    candidates,
+    exact_among,
+    lists_for,
+    read_index,
+    search_index,
+    write_index,
+)
+
+COUNT, DIM = 2000, 32
+FACTORIES = [
+    "Flat", "SQfp16", "IVF40,Flat", "IVF40,SQfp16", "IVF40,SQ8", "IVF40,PQ8x4fsr", "IVF40,RaBitQ",
+    "IVF40,RaBitQfs", "HNSW16", "HNSW16,SQ8",
+]  # fmt: skip
+
+
+def clustered(count: int, seed: int = 0) -> np.ndarray:
+    """Unit vectors [count, 32] around 100 centres."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(7).standard_normal((100, DIM))
+    rows = centres[rng.integers(0, 100, count)] + 0.5 * rng.standard_normal((count, DIM))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("factory", [*FACTORIES, pytest.param("OPQ8,IVF40,PQ8x4fs", marks=pytest.mark.slow)])
+def test_every_factory_finds_keeps_to_its_recall_and_never_returns_what_is_masked(
+    factory: str, dtype: type, tmp_path: Path
+) -> None:
+    vectors = clustered(COUNT).astype(dtype)
+    built, info = build_index(vectors, IndexPolicy(index=factory, min_recall=0.95))
+    write_index(built, tmp_path / "i")
+    index = read_index(tmp_path / "i", COUNT, DIM)
+    assert info.recall_at_10 >= 0.95, info
+    queries = clustered(50, 5)
+    exact = np.argsort(-(queries @ vectors.astype(np.float32).T), axis=1)
+    scores, found = search_index(index, queries, 10, info.effort, None, vectors=vectors)
+    hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact[:, :10].tolist(), found.tolist(), strict=True)])
+    assert hits >= 0.85 and (np.diff(scores, axis=1) <= 0).all()
+
+    for share in (0.9, 0.5, 0.1, 0.003):
+        flags = np.random.default_rng(3).random(COUNT) < share
+        bits, allowed = np.packbits(flags, bitorder="little"), np.flatnonzero(flags)
+        for among in (vectors, None):  # without the stored vectors few rows are searched through the index, too
+            if among is None and info.rescore:
+                continue
+            _, rows = search_index(index, queries, 10, info.effort, bits, len(allowed), among)
+            assert rows.shape == (50, 10) and flags[rows[rows >= 0]].all()
+            assert ((rows >= 0).sum(axis=1) == min(10, len(allowed))).all()
+        best = exact_among(vectors, allowed, queries, 10)[1]
+        _, rows = search_index(index, queries, 10, info.effort, bits, len(allowed), vectors)
+        pairs = zip(best.tolist(), rows.tolist(), strict=True)
+        assert np.mean([len(set(a) & set(b)) / len(a) for a, b in pairs]) >= 0.99
+
+
+@pytest.mark.parametrize("live", [COUNT, 300, 12, 3, 0])
+@pytest.mark.parametrize("k", [1, 10, 500, 1000])
+@pytest.mark.parametrize("factory", ["IVF40,SQfp16", "IVF40,PQ8x4fsr", "HNSW16"])
+def test_as_many_rows_come_as_there_are(factory: str, live: int, k: int) -> None:
+    vectors = clustered(COUNT)
+    index, info = build_index(vectors, IndexPolicy(index=factory))
+    flags = np.zeros(COUNT, np.uint8)
+    flags[np.random.default_rng(0).choice(COUNT, live, replace=False)] = 1
+    bitmap = np.packbits(flags, bitorder="little")
+    scores, found = search_index(index, clustered(5, 9), k, info.effort, bitmap, live)
+    assert scores.shape == found.shape == (5, k)
+    assert ((found >= 0).sum(axis=1) == min(k, live)).all()
+    assert flags[found[found >= 0]].all()
+
+
+def test_the_choice_follows_the_constraints() -> None:
+    auto = IndexPolicy()
+    million = 1_000_000
+    assert candidates(1000, 384, auto, None) == ["Flat"]
+    assert candidates(1000, 384, IndexPolicy(vectors="float16"), None) == ["SQfp16"]
+    assert candidates(million, 384, IndexPolicy(index="exact"), None) == ["Flat"]
+    assert candidates(million, 384, IndexPolicy(index="HNSW32"), 10.0) == ["HNSW32"]
+    (*_, smallest) = everything = candidates(million, 384, auto, None)
+    sizes = [bytes_of(factory, million, 384) for factory in everything]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) >= 3
+    for allowed, left in ((sizes[0], everything), (sizes[0] - 1, everything[1:]), (1, [smallest])):
+        assert candidates(million, 384, auto, allowed) == left
+    assert candidates(1000, 384, auto, 10_000)[0].startswith("IVF")  # exact search would not fit
+    assert lists_for(1) == 1 and lists_for(million) == 2000
+
+
+@pytest.mark.parametrize(
+    "factory", ["Flat", "SQfp16", "IVF20,Flat", "IVF20,SQfp16", "IVF20,SQ8", "IVF20,PQ8x4fsr", "HNSW16"]
+)
+def test_sizes_are_known_beforehand(factory: str, tmp_path: Path) -> None:
+    index, _ = build_index(clustered(20_000), IndexPolicy(index=factory))
+    write_index(index, tmp_path / "i")
+    assert 0.8 < bytes_of(factory, 20_000, DIM) / (tmp_path / "i").stat().st_size < 1.25
+
+
+def test_the_curve_and_the_reason_are_kept() -> None:
+    vectors = clustered(5000)
+    _, info = build_index(vectors, IndexPolicy(index="IVF64,SQ8", min_recall=0.9))
+    chosen = [p for p in info.curve if (p.visits, p.rescore) == (info.visits, info.rescore)]
+    assert len(info.curve) >= 3 and [p.recall_at_10 for p in chosen] == [info.recall_at_10]
+    assert info.recall_at_10 >= 0.9 and "recall@10 ≥ 0.9" in info.why and "MiB" in info.why
+    _, strict = build_index(vectors, IndexPolicy(index="IVF64,SQ8", max_latency_ms=1e-6))
+    assert "1e-06 ms not reached" in strict.why
+    _, exact = build_index(vectors)
+    assert (exact.factory, exact.visits, exact.recall_at_10) == ("Flat", 0, 1.0)
+
+
+@pytest.mark.parametrize("factory", ["nonsense", "PCA8,Flat,x", "LSH", "NSG16"])
+def test_factories_that_cannot_be_used_are_refused(factory: str) -> None:
+    with pytest.raises(RefusalError, match=r"factory string|cannot be searched with filters"):
+        build_index(clustered(200), IndexPolicy(index=factory))
