@@ -53,6 +53,23 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
         "cpu,serve",
         "merge a collection's segments into one",
     ),
+    ("index", "verify"): (
+        "service.index_command",
+        "IndexVerify",
+        "cpu,serve",
+        "compare a collection with its checksums",
+    ),
+    ("index", "upgrade"): (
+        "service.index_command",
+        "IndexUpgrade",
+        "cpu,serve",
+        "write an old collection in today's format",
+    ),
+    ("index", "snapshot"): ("service.index_command", "IndexSnapshot", "cpu,serve", "copy a collection, in use or not"),
+    ("index", "restore"): ("service.index_command", "IndexRestore", "cpu,serve", "make a collection of a snapshot"),
+    ("index", "add"): ("service.transfer", "IndexAdd", "cpu,serve", "add embeddings that were computed elsewhere"),
+    ("index", "export"): ("service.transfer", "IndexExport", "cpu,serve", "write a collection as npy and Parquet"),
+    ("index", "plan"): ("service.plan", "IndexPlan", "cpu,serve", "say what a build will take, before it"),
     ("serve",): ("service.config", "Serve", "cpu,serve", "serve a bundle and its collections over gRPC"),
     ("query",): ("service.query", "Query", "cpu,serve", "ask a server for the neighbours of a picture"),
     ("healthcheck",): (

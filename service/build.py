@@ -71,7 +71,7 @@ def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
         console.print(f"{len(found):,} pictures to embed into a new collection; nothing was done (--dry-run)")
         return
     else:
-        collection = Collection.create(asked.out, bundle.space_id, bundle.dim)
+        collection = Collection.create(asked.out, bundle.space_id, bundle.dim, asked.policy())
     try:
         before = collection.files()
         changes = compare(before, found, asked.images, [key for key, _ in unread])

@@ -20,7 +20,7 @@ import shutil
 import socket
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -28,14 +28,16 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from export.bundle import Embeddings, RefusalError, Sealed, make_folder, read_contract, write_file
 from service.errors import DataLossError, InvalidArgumentError, MismatchError, NotFoundError
 from service.filter import Filter
 from service.fresh import Fresh
-from service.index import IndexInfo, IndexPolicy
+from service.index import BLOCK, IndexInfo, Stored, blocks
+from service.policy import IndexPolicy
 from service.records import MAX_KEY_BYTES, ClosedError, FileState, NewRow, Reader, Record, Records
-from service.segment import Batch, Segment, StoredRow, batch_of, joined, write_segment
+from service.segment import Batch, Segment, StoredRow, batch_of, batch_of_table, joined, write_segment
 from service.view import Hit, Part, View
 
 COLLECTION_FORMAT = 2
@@ -77,6 +79,13 @@ class StoredItem(NamedTuple):
     """Who made the vector: variant and provider, or 'client'."""
 
 
+class LostItem(NamedTuple):
+    """An item whose vector could not be read any more."""
+
+    key: str
+    source_uri: str
+
+
 class SegmentInfo(NamedTuple):
     """What a segment holds, and how it is searched."""
 
@@ -105,9 +114,13 @@ class _Write:
 class Collection:
     """One collection, open for writing by this process. Thread-safe."""
 
-    def __init__(self, folder: Path, space_id: str | None = None) -> None:
-        """Open. Raises `RefusalError` when it is not one, is damaged, locked, or of another space than `space_id`."""
+    def __init__(self, folder: Path, space_id: str | None = None, recover: bool = False) -> None:
+        """Open. Raises `RefusalError` when it is not one, is damaged, locked, or of another space than `space_id`.
+
+        `recover`: give up the rows of segments that are damaged or missing, which are then in `lost`, and keep the rest.
+        """
         self.folder = folder
+        self.lost: list[LostItem] = []
         path = folder / "collection.json"
         if not path.is_file():
             raise RefusalError(
@@ -134,11 +147,16 @@ class Collection:
             self._flush_lock = threading.Lock()
             self._merge_lock = threading.RLock()  # taken before the others
             self._stopping = False
+            if recover:
+                self._give_up()
             self._remove_orphans()
             self._view = self._load()
             self._count = self._view.fresh.live + sum(part.count for part in self._view.parts)
             self._sequence = self._records.counter("sequence")
         except BaseException:
+            for opened in ("_reader", "_records"):
+                if hasattr(self, opened):
+                    getattr(self, opened).close()
             self._lock_file.close()
             raise
 
@@ -146,7 +164,15 @@ class Collection:
     def create(cls, folder: Path, space_id: str, dim: int, policy: IndexPolicy | None = None) -> Collection:
         """Make an empty collection whose indexes keep to `policy`. Raises `RefusalError` on a folder that is not empty."""
         # What an interrupted start of ours may have left; collection.json is written last.
-        own = ("building", "lock", "unreadable.tsv", "records.sqlite", "records.sqlite-wal", "records.sqlite-shm")
+        own = (
+            "building",
+            "lock",
+            "unreadable.tsv",
+            "records.sqlite",
+            "records.sqlite-wal",
+            "records.sqlite-shm",
+            "records.sqlite-journal",
+        )
         if folder.exists() and not folder.is_dir():
             raise RefusalError(f"{folder} is a file: choose another folder")
         if folder.is_dir() and any(p.name not in own and not p.name.endswith(".tmp") for p in folder.iterdir()):
@@ -253,6 +279,10 @@ class Collection:
         queries = unit_rows(queries, self.dim, "vector")
         filters, leave_out = filters or [None] * len(queries), leave_out or [frozenset()] * len(queries)
         return self._view.expanded(queries, neighbours, alpha, filters, leave_out)
+
+    def scan(self) -> Iterator[tuple[pa.Table, Embeddings]]:
+        """Every live item, block by block, as of now: id, key, payload, source_uri and sequence, and vectors [N, D]."""
+        return self._view.scan()
 
     def get(self, key: str) -> StoredItem:
         """A live item. Raises `NotFoundError`. Writes do not hold it up."""
@@ -391,37 +421,70 @@ class Collection:
 
     def add_segment(self, rows: Sequence[NewRow], vectors: Embeddings) -> None:
         """Insert or replace many rows at once, as a segment of their own. Durable and visible on return."""
-        for row in rows:
-            check_key(row.key, "key")
-        twice = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
-        if twice:
-            raise InvalidArgumentError(
-                f"the key {twice[0]!r} comes more than once: give each item its own", "BAD_KEY", "key"
-            )
+        if not rows:
+            return
         vectors = unit_rows(vectors, self.dim, "vector")
-        with self._merge_lock, self._flush_lock, self._open():
-            with self._records.transaction():  # numbers first: they are in the segment's file
-                number = self._records.take("segment")
-                first_id = self._records.take("id", len(rows))
-                first = self._records.take("sequence", len(rows))
-            ids, sequences = range(first_id, first_id + len(rows)), range(first, first + len(rows))
+
+        def batch(ids: range, sequences: range) -> Batch:
             stored = [
                 StoredRow(i, row.key, row.payload, row.source_uri, s)
                 for i, s, row in zip(ids, sequences, rows, strict=True)
             ]
-            made_by = Counter(row.origin for row in rows)
-            segment = self._segment(number, batch_of(stored, vectors, made_by))
+            return batch_of(stored, vectors, Counter(row.origin for row in rows))
+
+        self._add([row.key for row in rows], lambda: rows, batch)
+
+    def add_table(self, rows: pa.Table, vectors: Stored, origin: str = "client") -> None:
+        """As `add_segment`, for very many rows: columns key, payload (JSON) and source_uri, and vectors [N, D] that may be
+        memory-mapped; they are read block by block, once."""
+        if not len(rows):
+            return
+        if vectors.ndim != 2 or len(vectors) != len(rows):
+            raise InvalidArgumentError(
+                f"there are {len(rows):,} rows and vectors of shape {vectors.shape}: give a vector for each row",
+                "BAD_VECTOR", "vector",
+            )  # fmt: skip
+
+        def batch(ids: range, sequences: range) -> Batch:
+            matrix = (unit_rows(block, self.dim, "vector") for block in blocks(vectors))
+            return batch_of_table(rows, ids, sequences, self.dim, matrix, {origin: len(rows)})
+
+        def new() -> Iterator[NewRow]:
+            for part in rows.select(["key", "payload", "source_uri"]).to_batches(BLOCK):
+                for key, payload, uri in zip(*(column.to_pylist() for column in part.columns), strict=True):
+                    yield NewRow(key, payload, uri, origin)
+
+        self._add(rows["key"].to_pylist(), new, batch)
+
+    def _add(
+        self, keys: list[str], rows: Callable[[], Iterable[NewRow]], batch: Callable[[range, range], Batch]
+    ) -> None:
+        """Write a batch as a segment and make it live."""
+        for key in keys:
+            check_key(key, "key")
+        if len(set(keys)) < len(keys):
+            twice = next(key for key, count in Counter(keys).items() if count > 1)
+            raise InvalidArgumentError(
+                f"the key {twice!r} comes more than once: give each item its own", "BAD_KEY", "key"
+            )
+        with self._merge_lock, self._flush_lock, self._open():
+            with self._records.transaction():  # numbers first: they are in the segment's file
+                number = self._records.take("segment")
+                first_id = self._records.take("id", len(keys))
+                first = self._records.take("sequence", len(keys))
+            ids, sequences = range(first_id, first_id + len(keys)), range(first, first + len(keys))
+            segment = self._segment(number, batch(ids, sequences))
             with self._unless_committed(number), self._records.transaction():
-                places = self._records.places([row.key for row in rows])
-                at = {row.key: i for i, row in enumerate(rows) if row.key in places}
+                places = self._records.places(keys) if self._count else {}
+                at = {key: i for i, key in enumerate(keys) if key in places} if places else {}
                 self._records.bury(self._burials(places, at, first))
-                self._records.insert(rows, ids, sequences, number, None)
+                self._records.insert(rows(), ids, sequences, number, None)
                 self._records.adopt(number)
             # From here on nothing can fail: memory follows the disk.
             self._sequence = sequences[-1]
             self._publish_writes(dict(places.values()), [], np.zeros((0, self.dim), np.float32), [])
             self._view = replace(self._view, parts=(*self._view.parts, Part(number, segment)))
-            self._count += len(rows)
+            self._count += len(keys)
 
     def flush(self) -> None:
         """Move the fresh rows into a segment. Searches and writes go on meanwhile."""
@@ -535,6 +598,20 @@ class Collection:
                 shutil.rmtree(self._segment_folder(gone))
             return len(old)
 
+    def verify(self) -> None:
+        """Read everything: checksums of whole files, the records' own structure, and that both hold the same rows. Writes
+        wait. Raises `RefusalError` on the first damage."""
+        with self._merge_lock, self._open():
+            problem = self._records.check()
+            if problem is not None:
+                raise RefusalError(
+                    f"{self.folder / 'records.sqlite'} is damaged ({problem}): restore the collection from a snapshot"
+                )
+            for part in self._view.parts:
+                part.segment.verify(full=True)
+                if part.segment.identities() != self._records.held(part.number):
+                    raise self._disagreement(part.segment)
+
     def shrink(self) -> None:
         """Give room that is free in records.sqlite back to the disk."""
         with self._open():
@@ -600,11 +677,37 @@ class Collection:
         self._view = View(tuple(parts), fresh.extended(rows, vectors, origins) if rows else fresh)
         self._count += len(rows) - len(dead)
 
+    def _opened(self, number: int, full: bool = False) -> Segment:
+        """Raises `RefusalError` where it is damaged, or holds other rows than the records say."""
+        segment = Segment(self._segment_folder(number), full)
+        ids = segment.ids
+        extent = (len(ids), int(ids.sum()), int(ids[-1]))
+        same = segment.manifest.dim == self.dim and extent == self._records.extent(number)
+        if same and (full or len(ids) <= COMPARED_UP_TO):
+            same = segment.identities() == self._records.held(number)
+        if not same:
+            raise self._disagreement(segment)
+        return segment
+
     def _disagreement(self, segment: Segment) -> RefusalError:
         return RefusalError(
             f"{segment.folder} and {self.folder / 'records.sqlite'} disagree about the rows of the segment: one of them is "
             "damaged; restore the collection from a backup, or build it again"
         )
+
+    def _give_up(self) -> None:
+        """Forget the segments that cannot be read; what is left of their folders goes to damaged/."""
+        for number in self._records.segments():
+            try:
+                self._opened(number, full=True)
+            except RefusalError:
+                aside = self.folder / "damaged" / f"{number:04d}"
+                with self._records.transaction():
+                    self.lost += [LostItem(*row) for row in self._records.lose(number)]
+                if self._segment_folder(number).exists():
+                    make_folder(aside.parent)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    self._segment_folder(number).rename(aside)
 
     def _remove_orphans(self) -> None:
         """Segments that were written but never committed: a kill came between."""
@@ -620,14 +723,7 @@ class Collection:
             dead.setdefault(number, []).append(row_id)
         parts = []
         for number in self._records.segments():
-            segment = Segment(self._segment_folder(number))
-            ids = segment.ids
-            extent = (len(ids), int(ids.sum()), int(ids[-1]))
-            same = segment.manifest.dim == self.dim and extent == self._records.extent(number)
-            if same and len(ids) <= COMPARED_UP_TO:
-                same = segment.identities() == self._records.held(number)
-            if not same:
-                raise self._disagreement(segment)
+            segment = self._opened(number)
             part = Part(number, segment)
             if number in dead:
                 part = part.without(np.searchsorted(segment.ids, dead[number]).tolist())
@@ -698,13 +794,18 @@ def unit_rows(vectors: Embeddings, dim: int, field: str) -> Embeddings:
             "BAD_DIMENSIONS",
             field,
         )
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    squares = np.einsum("ij,ij->i", vectors, vectors)
+    # Rows that are unit already stay bit-identical: what was embedded is what is stored.
+    odd = np.flatnonzero(~(np.abs(squares - 1) < 1e-5))
+    if not len(odd):
+        return vectors
+    lengths = np.linalg.norm(vectors[odd].astype(np.float64), axis=1, keepdims=True)
     if not np.isfinite(lengths).all() or (lengths < 1e-12).any():
         raise InvalidArgumentError(
             "the vector is zero or holds values that are not finite: send an embedding", "BAD_VECTOR", field
         )
-    # Rows that are unit already stay bit-identical: what was embedded is what is stored.
-    scaled: Embeddings = np.where(np.abs(lengths - 1) < 1e-6, vectors, vectors / lengths).astype(np.float32)
+    scaled: Embeddings = vectors.copy()
+    scaled[odd] = vectors[odd] / lengths
     return scaled
 
 

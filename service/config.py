@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from export.preprocess import DecodeLimits
+from service.policy import IndexPolicy
 
 
 class Embedding(BaseModel):
@@ -35,7 +37,49 @@ class Embedding(BaseModel):
     """What pictures are accepted."""
 
 
-class IndexBuild(Embedding):
+class Constraints(BaseModel):
+    """What a collection's indexes have to keep to; what is not given stays as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    index: str | None = None
+    """auto (the default of a new collection): chosen from the constraints below. exact: every row is compared. Or a FAISS
+    factory string, such as IVF1024,SQ8 or HNSW32."""
+    max_memory: str | None = None
+    """Most memory of the indexes, such as 800M or 4G."""
+    min_recall: float | None = Field(None, gt=0, le=1)
+    """Recall@10 against exact search that a search has to reach (0.95 for a new collection)."""
+    max_latency: float | None = Field(None, gt=0)
+    """Most milliseconds of one query in one segment."""
+    stored: Literal["float32", "float16"] | None = None
+    """How vectors are stored; float16 takes half the disk and moves scores by up to 0.001."""
+
+    @field_validator("max_memory")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        if value is not None:
+            bytes_in(value)
+        return value
+
+    def policy(self, before: IndexPolicy | None = None) -> IndexPolicy:
+        """With what is given changed."""
+        given = {
+            "index": self.index, "min_recall": self.min_recall, "max_latency_ms": self.max_latency, "vectors": self.stored,
+            "max_memory": None if self.max_memory is None else bytes_in(self.max_memory),
+        }  # fmt: skip
+        changed = {name: value for name, value in given.items() if value is not None}
+        return (before or IndexPolicy()).model_copy(update=changed)
+
+
+def bytes_in(size: str) -> int:
+    """800M, 4G, 1.5GiB or plain bytes as a number. Raises `ValueError`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", size, re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"{size!r} is no size: write one such as 800M or 4G")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+
+
+class IndexBuild(Embedding, Constraints):
     """Embed a folder of pictures and build a collection. Run again, it continues, or adds what is new or changed."""
 
     images: Path

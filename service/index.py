@@ -6,18 +6,19 @@ call and never sets them on the index. Quantised indexes find candidates, and th
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import faiss as _faiss
 import numpy as np
 import numpy.typing as npt
 from faiss.contrib.exhaustive_search import knn_ground_truth
-from pydantic import Field
 
 from export.bundle import Contract, Embeddings, RefusalError
+from service.policy import IndexPolicy
 
 # The package's stubs give the C++ signatures, not those of its Python layer.
 faiss: Any = _faiss
@@ -28,29 +29,15 @@ Stored = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 """Vectors as they lie in a file, [N, D]."""
 
 # Below this many rows exact search takes milliseconds, and nothing has to be tuned.
-EXACT_UP_TO = 50_000
+EXACT_UP_TO = 20_000
 # Where so few rows may be found, their vectors are compared one by one.
-EXACT_AMONG = 10_000
-BLOCK = 65_536
+EXACT_AMONG = 5_000
+BLOCK = 16_384
 _TUNING_QUERIES = 512
 _TIMED_QUERIES = 64
 _POINTS_PER_LIST = 64
-
-
-class IndexPolicy(Contract):
-    """What the indexes of a collection must keep to."""
-
-    index: str = "auto"
-    """auto: chosen from the constraints below. exact: every row is compared. Or a FAISS factory string, such as
-    IVF1024,SQ8 or HNSW32."""
-    max_memory: int | None = Field(None, gt=0)
-    """Most bytes of the indexes of all rows, where they are wholly in memory."""
-    min_recall: float = Field(0.95, gt=0, le=1)
-    """Recall@10 against exact search that a search has to reach."""
-    max_latency_ms: float | None = Field(None, gt=0)
-    """Most milliseconds of one query alone, in one segment."""
-    vectors: Literal["float32", "float16"] = "float32"
-    """How vectors are stored; float16 takes half the disk and moves scores by up to 0.001."""
+_THREADS = faiss.omp_get_max_threads()
+_BATCH = 16
 
 
 class Effort(NamedTuple):
@@ -109,17 +96,23 @@ def candidates(count: int, dim: int, policy: IndexPolicy, memory: float | None) 
     if count <= EXACT_UP_TO and (memory is None or memory >= bytes_of(_flat(policy), count, dim)):
         return [_flat(policy)]
     lists = lists_for(count)
-    sizes = [f"IVF{lists},SQfp16", f"IVF{lists},SQ8"]
-    if dim % 4 == 0:
-        sizes.append(f"IVF{lists},PQ{dim // 4}x4fsr")
-    fitting = [each for each in sizes if memory is None or bytes_of(each, count, dim) <= memory]
-    return fitting or sizes[-1:]
+    ladder = [f"IVF{lists},SQfp16", f"IVF{lists},SQ8"]
+    if dim % 4 == 0:  # four bits for four values, scanned in registers: the fastest where float32 vectors decide
+        quick = f"IVF{lists},PQ{dim // 4}x4fsr"
+        ladder = [quick, *ladder] if policy.vectors == "float32" and dim >= 64 else [*ladder, quick]
+    fitting = [each for each in ladder if memory is None or bytes_of(each, count, dim) <= memory]
+    return fitting or [min(ladder, key=lambda each: bytes_of(each, count, dim))]
 
 
 def lists_for(count: int) -> int:
     """Inverted lists for so many rows: 2 √N, between 16 and one per 39 rows, the least that FAISS trains without a
     warning."""
     return max(1, min(max(16, int(2 * count**0.5)), count // 39))
+
+
+def training_rows(lists: int, count: int) -> int:
+    """Rows that an index of so many inverted lists is trained on."""
+    return min(count, max(_POINTS_PER_LIST * lists, 16_384))
 
 
 def bytes_of(factory: str, count: int, dim: int) -> int:
@@ -151,6 +144,7 @@ def build_index(
     `memory`: bytes that it may take. `vectors` may be memory-mapped: they are read in blocks. Raises `RefusalError` on a
     factory string that FAISS does not know.
     """
+    faiss.omp_set_num_threads(_THREADS)
     policy = policy or IndexPolicy()
     count, dim = vectors.shape
     tried: list[tuple[Any, IndexInfo]] = []
@@ -200,9 +194,12 @@ def _flat(policy: IndexPolicy) -> str:
 
 
 def blocks(vectors: Stored, size: int = BLOCK) -> Iterator[Embeddings]:
-    """Rows in float32, block by block."""
+    """Rows in float32, block by block; what was read of a memory-mapped file leaves the memory again."""
     for low in range(0, len(vectors), size):
-        yield np.ascontiguousarray(vectors[low : low + size], np.float32)
+        yield np.array(vectors[low : low + size], np.float32, order="C")
+        mapped = getattr(vectors, "_mmap", None)
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _trained(factory: str, vectors: Stored) -> Any:
@@ -221,8 +218,8 @@ def _trained(factory: str, vectors: Stored) -> Any:
             "IVF…, HNSW… or auto"
         )
     if not index.is_trained:
-        wanted = max(_POINTS_PER_LIST * getattr(_inner(index), "nlist", 1), 16_384)
-        chosen = np.random.default_rng(0).choice(count, min(count, wanted), replace=False)
+        wanted = training_rows(getattr(_inner(index), "nlist", 1), count)
+        chosen = np.random.default_rng(0).choice(count, wanted, replace=False)
         index.train(np.ascontiguousarray(vectors[np.sort(chosen)], np.float32))
     return index
 
@@ -242,7 +239,7 @@ def _tuned(
 ) -> IndexInfo:
     """Raise the effort until the recall is reached, and a little further for the curve."""
     target = policy.min_recall
-    rescores = (0,) if factory.endswith(("Flat", "SQfp16")) or factory.startswith("HNSW") else (2, 4, 8, 16)
+    rescores = (0,) if factory.endswith(("Flat", "SQfp16")) or factory.startswith("HNSW") else (4, 10, 20, 40)
     curve: list[CurvePoint] = []
     best: CurvePoint | None = None
     most = getattr(_inner(index), "nlist", 1024)
@@ -351,6 +348,8 @@ def search_index(
 def exact_among(vectors: Stored, rows: Rows, queries: Embeddings, k: int) -> tuple[Embeddings, Rows]:
     """Scores and row numbers [Q, min(k, R)] of the best of the rows [R], best first."""
     k = min(k, len(rows))
+    if len(queries) * len(rows) <= BLOCK:  # one by one from where they lie
+        return _best(_scores(vectors, queries, np.broadcast_to(rows, (len(queries), len(rows)))), rows, k)
     best_scores = np.zeros((len(queries), 0), np.float32)
     best_rows = np.zeros((len(queries), 0), np.int64)
     for low in range(0, len(rows), BLOCK):
@@ -362,20 +361,38 @@ def exact_among(vectors: Stored, rows: Rows, queries: Embeddings, k: int) -> tup
     return best_scores, best_rows
 
 
+def _scores(vectors: Stored, queries: Embeddings, rows: Rows) -> Embeddings:
+    """Similarities [Q, R] of queries [Q, D] with their rows [Q, R]."""
+    scores = np.empty(rows.shape, np.float32)
+    if vectors.dtype == np.float32 and vectors.flags.c_contiguous:
+        rows, queries = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(queries, np.float32)
+        at = faiss.swig_ptr
+        faiss.fvec_inner_products_by_idx(
+            at(scores), at(queries), at(vectors), at(rows), vectors.shape[1], len(queries), rows.shape[1]
+        )
+    else:
+        for i, query in enumerate(queries):
+            scores[i] = np.asarray(vectors[rows[i]], np.float32) @ query
+    return scores
+
+
 def _best(scores: Embeddings, rows: Rows, k: int) -> tuple[Embeddings, Rows]:
+    """The k best, best first. `rows`: [R] or [Q, R]."""
     if scores.shape[1] > k:
         chosen = np.argpartition(-scores, k - 1, axis=1)[:, :k] if k else np.zeros((len(scores), 0), np.int64)
-        scores, rows = np.take_along_axis(scores, chosen, 1), np.take_along_axis(rows, chosen, 1)
+        scores, rows = np.take_along_axis(scores, chosen, 1), _at(rows, chosen)
     order = np.argsort(-scores, axis=1, kind="stable")
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    return np.take_along_axis(scores, order, 1), _at(rows, order)
+
+
+def _at(rows: Rows, chosen: Rows) -> Rows:
+    found: Rows = rows[chosen] if rows.ndim == 1 else np.take_along_axis(rows, chosen, 1)
+    return found
 
 
 def _rescored(vectors: Stored, queries: Embeddings, rows: Rows, k: int) -> tuple[Embeddings, Rows]:
     """The k best of candidate rows [Q, R] by their stored vectors."""
-    there = np.maximum(rows, 0)
-    scores = np.empty(rows.shape, np.float32)
-    for i, query in enumerate(queries):
-        scores[i] = np.asarray(vectors[there[i]], np.float32) @ query
+    scores = _scores(vectors, queries, np.maximum(rows, 0))
     scores[rows < 0] = -np.inf
     return _padded(*_best(scores, rows, k), k)
 
@@ -386,6 +403,9 @@ def _padded(scores: Embeddings, rows: Rows, k: int) -> tuple[Embeddings, Rows]:
 
 
 def _search(index: Any, queries: Embeddings, k: int, visits: int, live: Bitmap | None) -> tuple[Embeddings, Rows]:
+    # Of the calling thread alone. A few queries are over before a second thread has begun; and where every core is busy, a
+    # region of two threads waits for the slower.
+    faiss.omp_set_num_threads(_THREADS if len(queries) >= _BATCH else 1)
     selector = None
     if live is not None:
         selector = faiss.IDSelectorBitmap(live)

@@ -1,8 +1,10 @@
-"""`likewise index info | compact`: what a collection holds, and one segment in the place of many."""
+"""`likewise index info | compact | verify | upgrade | snapshot | restore`: care of a collection."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
-from service.collection import Collection, SegmentInfo
+from export.bundle import printable, write_file
+from service.collection import COLLECTION_FORMAT, Collection, SegmentInfo
+from service.config import Constraints
+from service.snapshot import restore, take
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -26,17 +31,70 @@ class IndexInfo(BaseModel):
 
     def cli_cmd(self) -> int:
         """Run the command."""
-        collection = Collection(self.collection)
-        try:
+        with _opened(self.collection) as collection:
             found, segments = describe(collection), collection.segments()
-        finally:
-            collection.close()
         print(json.dumps(found, indent=2) if self.json_ else "\n".join(_lines(found, segments)))
         return 0
 
 
-class IndexCompact(BaseModel):
-    """Merge a collection's segments into one, without deleted and replaced rows."""
+class IndexCompact(Constraints):
+    """Merge a collection's segments into one, without deleted and replaced rows; with constraints, choose its index anew."""
+
+    collection: CliPositionalArg[Path]
+    """The collection folder."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        console = _console()
+        with _opened(self.collection) as collection:
+            before = _bytes(self.collection)
+            policy = self.policy(collection.manifest.policy)
+            if policy != collection.manifest.policy:
+                collection.keep_to(policy)
+                said = "index built again"
+            else:
+                collection.flush()
+                merged = collection.compact(everything=True)
+                said = f"{merged} segments merged" if merged else "nothing to merge"
+            collection.shrink()
+            console.print(
+                f"{said}: {len(collection):,} items, {before / 2**20:,.1f} → {_bytes(self.collection) / 2**20:,.1f} MiB"
+            )
+            for segment in collection.segments():
+                console.print(f"segment {segment.number:04d}: {segment.info.factory}: {segment.info.why}")
+        return 0
+
+
+class IndexVerify(BaseModel):
+    """Read a collection whole and compare it with its checksums; with --recover, give up what is damaged."""
+
+    model_config = _CONFIG
+    collection: CliPositionalArg[Path]
+    """The collection folder."""
+    recover: bool = False
+    """Give up the items of damaged or missing segments, and list them in lost.tsv: build or sync embeds them again."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        console = _console()
+        with _opened(self.collection, self.recover) as collection:
+            collection.verify()
+            if collection.lost:
+                listed = "".join(f"{printable(key)}\t{printable(uri)}\n" for key, uri in collection.lost)
+                write_file(self.collection / "lost.tsv", listed)
+                console.print(
+                    f"{len(collection.lost):,} items were given up, see {self.collection / 'lost.tsv'}; what is left of "
+                    f"their segments is in {self.collection / 'damaged'}"
+                )
+            console.print(
+                f"sound: {len(collection):,} items in {len(collection.segments())} segments, {collection.fresh_count:,} "
+                f"fresh, {_bytes(self.collection) / 2**20:,.1f} MiB read"
+            )
+        return 0
+
+
+class IndexUpgrade(BaseModel):
+    """Write a collection of an earlier format in the present one."""
 
     model_config = _CONFIG
     collection: CliPositionalArg[Path]
@@ -44,20 +102,54 @@ class IndexCompact(BaseModel):
 
     def cli_cmd(self) -> int:
         """Run the command."""
-        console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-        collection = Collection(self.collection)
-        try:
-            before = _bytes(self.collection)
-            collection.flush()
-            merged = collection.compact(everything=True)
-            collection.shrink()
-            said = f"{merged} segments merged" if merged else "nothing to merge"
-            console.print(
-                f"{said}: {len(collection):,} items, {before / 2**20:,.1f} → {_bytes(self.collection) / 2**20:,.1f} MiB"
-            )
-        finally:
-            collection.close()
+        with _opened(self.collection) as collection:
+            before = collection.manifest.format_version
+            collection.upgrade()
+            _console().print(f"{self.collection}: format {before} → {COLLECTION_FORMAT}, {len(collection):,} items")
         return 0
+
+
+class IndexSnapshot(BaseModel):
+    """Copy a collection as it is at one moment; a server may write to it meanwhile."""
+
+    model_config = _CONFIG
+    collection: CliPositionalArg[Path]
+    """The collection folder."""
+    out: Path
+    """The folder to write, which must not exist."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        take(self.collection, self.out, _console().print)
+        return 0
+
+
+class IndexRestore(BaseModel):
+    """Verify a snapshot and make a collection of it."""
+
+    model_config = _CONFIG
+    snapshot: CliPositionalArg[Path]
+    """The snapshot's folder."""
+    out: Path
+    """The collection folder to write, which must not exist; its name is the collection's name."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        restore(self.snapshot, self.out, _console().print)
+        return 0
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _opened(folder: Path, recover: bool = False) -> Iterator[Collection]:
+    collection = Collection(folder, recover=recover)
+    try:
+        yield collection
+    finally:
+        collection.close()
 
 
 def describe(collection: Collection) -> dict[str, Any]:

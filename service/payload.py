@@ -47,7 +47,8 @@ TYPES = {
     "present": pa.bool_(),
     "rows": pa.null(),
 }
-_BATCH = 4096
+# Rows that are read before their values are sorted by kind: so few that the garbage collector hardly looks at them.
+_BATCH = 256
 _SCALARS: dict[type, str] = {float: "number", str: "string", bool: "bool"}
 _LISTS: dict[type, str] = {float: "numbers", str: "strings", bool: "bools"}
 # How values wait, as array and NumPy name it.

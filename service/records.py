@@ -143,7 +143,7 @@ class Records:
         return int(self._db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()[0])
 
     def insert(
-        self, rows: Sequence[NewRow], ids: Sequence[int], sequences: Sequence[int], segment: int | None,
+        self, rows: Iterable[NewRow], ids: Sequence[int], sequences: Sequence[int], segment: int | None,
         vectors: Embeddings | None,
     ) -> None:  # fmt: skip
         """Insert live rows, whose keys no live row has. Inside a transaction."""
@@ -191,6 +191,21 @@ class Records:
         if new is not None:
             self._db.execute("INSERT INTO segments VALUES (?)", (new,))
             self._db.executemany("UPDATE items SET segment = ? WHERE segment = ?", [(new, number) for number in old])
+
+    def lose(self, segment: int) -> list[tuple[str, str]]:
+        """Bury the live rows of a segment that cannot be read, and forget it: (key, source URI) of each. Inside a
+        transaction."""
+        lost = self._db.execute(
+            "SELECT key, source_uri FROM items WHERE segment = ? AND live = 1 ORDER BY key", (segment,)
+        ).fetchall()
+        if lost:
+            self._db.execute(
+                "UPDATE items SET live = 0, sequence = ?, payload = '{}' WHERE segment = ? AND live = 1",
+                (self.take("sequence"), segment),
+            )
+        self._db.execute("UPDATE items SET segment = NULL WHERE segment = ?", (segment,))
+        self._db.execute("DELETE FROM segments WHERE number = ?", (segment,))
+        return lost
 
     def origins(self, segment: int) -> dict[str, int]:
         """How many live rows of a segment each variant and provider made."""

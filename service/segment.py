@@ -40,7 +40,6 @@ from service.index import (
     BLOCK,
     Bitmap,
     IndexInfo,
-    IndexPolicy,
     Rows,
     Stored,
     build_index,
@@ -49,6 +48,7 @@ from service.index import (
     write_index,
 )
 from service.payload import columns_of, merged
+from service.policy import IndexPolicy
 
 SEGMENT_FORMAT = 2
 # Bitmaps of the last filters, N / 8 bytes each.
@@ -151,12 +151,15 @@ class Segment:
 
     def vector(self, position: int) -> Embeddings:
         """[D], of length 1."""
-        return unit(np.array(self.vectors[position], np.float32)) if self.halved else np.array(self.vectors[position])
+        row: Embeddings = self.vectors_at(np.array([position]))[0]
+        return row
 
-    @property
-    def halved(self) -> bool:
-        """Whether vectors are stored in float16."""
-        return self.vectors.dtype == np.float16
+    def vectors_at(self, positions: Rows) -> Embeddings:
+        """[N, D] at positions [N]: as they were written, or of length 1 again where they are stored in float16."""
+        rows: Embeddings = np.array(self.vectors[positions], np.float32)
+        if self.vectors.dtype != np.float32:
+            rows = unit(rows)
+        return rows
 
     @cached_property
     def attributes(self) -> Attributes:
@@ -234,6 +237,24 @@ def batch_of(rows: Sequence[StoredRow], vectors: Embeddings, origins: Mapping[st
     """Rows with vectors [N, D]."""
     slices = (vectors[low : low + BLOCK] for low in range(0, len(vectors), BLOCK))
     return Batch(table_of(rows), columns_of([row.payload for row in rows]), vectors.shape[1], slices, origins)
+
+
+def batch_of_table(
+    rows: pa.Table,
+    ids: range,
+    sequences: range,
+    dim: int,
+    matrix: Iterable[npt.NDArray[Any]],
+    origins: Mapping[str, int],
+) -> Batch:
+    """Rows that are columns already: key, payload, source_uri."""
+    columns = [
+        pa.array(np.arange(ids.start, ids.stop)),
+        *(rows[name].cast(pa.large_string()) for name in ("key", "payload", "source_uri")),
+        pa.array(np.arange(sequences.start, sequences.stop)),
+    ]
+    table = pa.Table.from_arrays(columns, schema=_SCHEMA)
+    return Batch(table, columns_of(table["payload"].to_pylist()), dim, matrix, origins)
 
 
 def table_of(rows: Sequence[StoredRow]) -> pa.Table:

@@ -6,17 +6,18 @@ So readers never wait, nothing that they share is changed, and a search in a rep
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from export.bundle import Embeddings
 from service.filter import Filter
 from service.fresh import Fresh
-from service.index import Bitmap
-from service.segment import Segment, StoredRow
+from service.index import BLOCK, Bitmap
+from service.segment import Segment, StoredRow, table_of
 
 
 class Hit(NamedTuple):
@@ -76,6 +77,17 @@ class View:
 
     parts: tuple[Part, ...]
     fresh: Fresh
+
+    def scan(self) -> Iterator[tuple[pa.Table, Embeddings]]:
+        """Every live row, block by block, and vectors [N, D]."""
+        for part in self.parts:
+            at = np.flatnonzero(part.flags())
+            for low in range(0, len(at), BLOCK):
+                some = at[low : low + BLOCK]
+                yield part.segment.table.take(some), part.segment.vectors_at(some)
+        at = self.fresh.positions()
+        if len(at):
+            yield table_of([self.fresh.rows[i] for i in at.tolist()]), self.fresh.buffer[at]
 
     def search(
         self,

@@ -12,7 +12,7 @@ import pytest
 from export.bundle import RefusalError
 from service.collection import COLLECTION_FORMAT, Collection
 from service.filter import Filter
-from service.index import IndexPolicy
+from service.policy import IndexPolicy
 from tests.service.formats import small
 
 FORMATS = sorted(int(path.name.split(".")[0]) for path in small.HERE.glob("*.tar.gz"))

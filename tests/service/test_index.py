@@ -9,7 +9,6 @@ import pytest
 
 from export.bundle import RefusalError
 from service.index import (
-    IndexPolicy,
     build_index,
     bytes_of,
     candidates,
@@ -19,6 +18,7 @@ from service.index import (
     search_index,
     write_index,
 )
+from service.policy import IndexPolicy
 
 COUNT, DIM = 2000, 32
 FACTORIES = [
@@ -88,11 +88,13 @@ def test_the_choice_follows_the_constraints() -> None:
     assert candidates(1000, 384, IndexPolicy(vectors="float16"), None) == ["SQfp16"]
     assert candidates(million, 384, IndexPolicy(index="exact"), None) == ["Flat"]
     assert candidates(million, 384, IndexPolicy(index="HNSW32"), 10.0) == ["HNSW32"]
-    (*_, smallest) = everything = candidates(million, 384, auto, None)
-    sizes = [bytes_of(factory, million, 384) for factory in everything]
-    assert sizes == sorted(sizes, reverse=True) and len(sizes) >= 3
-    for allowed, left in ((sizes[0], everything), (sizes[0] - 1, everything[1:]), (1, [smallest])):
-        assert candidates(million, 384, auto, allowed) == left
+    for policy in (auto, IndexPolicy(vectors="float16")):
+        ladder = candidates(million, 384, policy, None)
+        sizes = {factory: bytes_of(factory, million, 384) for factory in ladder}
+        assert len(ladder) >= 3
+        for allowed in (*sizes.values(), *(size - 1 for size in sizes.values())):
+            fitting = [factory for factory in ladder if sizes[factory] <= allowed]
+            assert candidates(million, 384, policy, allowed) == (fitting or [min(sizes, key=sizes.__getitem__)])
     assert candidates(1000, 384, auto, 10_000)[0].startswith("IVF")  # exact search would not fit
     assert lists_for(1) == 1 and lists_for(million) == 2000
 
