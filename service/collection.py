@@ -227,6 +227,11 @@ class Collection:
             for p in self._view.parts
         ]
 
+    @property
+    def view(self) -> View:
+        """What a search sees now: never changed."""
+        return self._view
+
     # --- reading ------------------------------------------------------------------------------------------------
 
     def search(

@@ -6,10 +6,10 @@ A row that was replaced or deleted stays as a tombstone (live = 0) with the sequ
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +115,7 @@ class Records:
             self._db.close()
             raise RefusalError(f"{path} is damaged ({problem}): {_RESTORE}")
 
-    @contextmanager
+    @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Commit on leaving, roll back on any error."""
         try:
@@ -313,3 +313,17 @@ def _live(db: sqlite3.Connection, key: str) -> Record | None:
 def _record(found: tuple[int, str, str, str, int, int | None, bytes | None, str]) -> Record:
     vector = None if found[6] is None else np.frombuffer(found[6], np.float32)
     return Record(StoredRow(*found[:5]), found[5], vector, found[7])
+
+
+def copy_records(source: Path, target: Path) -> tuple[int, int, list[int]]:
+    """A consistent copy of the records: live items, last sequence number, and the segments that it names."""
+    try:
+        with contextlib.closing(sqlite3.connect(source, isolation_level=None, timeout=30)) as db:
+            db.execute("VACUUM INTO ?", (str(target),))
+        with contextlib.closing(sqlite3.connect(target)) as copied:
+            (items,) = copied.execute("SELECT count(*) FROM items WHERE live = 1").fetchone()
+            (sequence,) = copied.execute("SELECT value FROM counters WHERE name = 'sequence'").fetchone()
+            numbers = [number for (number,) in copied.execute("SELECT number FROM segments ORDER BY number")]
+    except sqlite3.Error as e:
+        raise RefusalError(f"{source} cannot be copied ({e}): check the file and the free space") from e
+    return items, sequence, numbers

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import BinaryIO
 from export.bundle import RefusalError, Sealed, make_folder, publish, read_contract, write_file
 from service.checksums import FileSum, sum_of, verify
 from service.collection import COLLECTION_FORMAT, OLDEST_FORMAT, Collection, CollectionManifest
+from service.records import copy_records
 from service.store import NAME, NAME_RULE
 
 SNAPSHOT_FORMAT = 1
@@ -55,7 +55,7 @@ def take(collection: Path, out: Path, say: Say) -> SnapshotManifest:
         for _ in range(_ATTEMPTS):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            items, sequence, segments = _copy_records(collection / "records.sqlite", temporary / "records.sqlite")
+            items, sequence, segments = copy_records(collection / "records.sqlite", temporary / "records.sqlite")
             try:
                 _copy_segments(collection, temporary, segments)
                 break
@@ -130,20 +130,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise RefusalError(f"{out} cannot be written ({e.strerror}): check its permissions and the free space") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _copy_records(source: Path, target: Path) -> tuple[int, int, list[int]]:
-    """A consistent copy of the records: live items, last sequence number, and the segments that it names."""
-    try:
-        with contextlib.closing(sqlite3.connect(source, isolation_level=None, timeout=30)) as db:
-            db.execute("VACUUM INTO ?", (str(target),))
-        with contextlib.closing(sqlite3.connect(target)) as copied:
-            (items,) = copied.execute("SELECT count(*) FROM items WHERE live = 1").fetchone()
-            (sequence,) = copied.execute("SELECT value FROM counters WHERE name = 'sequence'").fetchone()
-            numbers = [number for (number,) in copied.execute("SELECT number FROM segments ORDER BY number")]
-    except sqlite3.Error as e:
-        raise RefusalError(f"{source} cannot be copied ({e}): check the file and the free space") from e
-    return items, sequence, numbers
 
 
 def _copy_segments(collection: Path, target: Path, numbers: list[int]) -> None:
