@@ -69,6 +69,12 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
     ("index", "restore"): ("service.index_command", "IndexRestore", "cpu,serve", "make a collection of a snapshot"),
     ("index", "add"): ("service.transfer", "IndexAdd", "cpu,serve", "add embeddings that were computed elsewhere"),
     ("index", "export"): ("service.transfer", "IndexExport", "cpu,serve", "write a collection as npy and Parquet"),
+    ("index", "evaluate"): (
+        "service.evaluate",
+        "IndexEvaluate",
+        "cpu,serve",
+        "measure it: recall, hubs, duplicates, mAP",
+    ),
     ("duplicates",): ("service.duplicates_command", "Duplicates", "cpu,serve", "find near duplicates, group by group"),
     ("index", "plan"): ("service.plan", "IndexPlan", "cpu,serve", "say what a build will take, before it"),
     ("serve",): ("service.config", "Serve", "cpu,serve", "serve a bundle and its collections over gRPC"),

@@ -3,10 +3,10 @@
     python -m benchmarks.kill_collections --out FOLDER [--kills 240]
     python -m benchmarks.kill_collections --out FOLDER --quick
 
-A process does one thing after the other, as it is told: upserts, deletions, moves, flushes, merges, whole segments, snapshots
-of a collection; `likewise index sync` of a folder of pictures that changes all the time. It is killed at a random moment of
-one of them. Then the collection must be as a model says, with all or nothing of what was under way, in exact search and
-item by item; a snapshot is whole or absent; and a sync that is run again ends with one item for each file.
+A process does one thing after the other, as it is told: upserts, deletions, moves, flushes, merges, whole segments and
+snapshots of a collection; `likewise index sync` of a folder of pictures that changes all the time. It is killed at a random
+moment of one of them. Then the collection must be as a model says, with all or nothing of what was under way, in exact
+search and item by item; a snapshot is whole or absent; and a sync that is run again ends with one item for each file.
 """
 
 from __future__ import annotations
