@@ -43,15 +43,6 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def indexed(bundle: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the collection `shapes`."""
-    root = tmp_path_factory.mktemp("collections")
-    flags = ["--bundle", str(bundle), "--images", str(pictures), "--out", str(root / "shapes"), "--threads", "1"]
-    assert main(["index", "build", *flags]) == 0
-    return root
-
-
 @pytest.fixture
 def running(bundle: Path, indexed: Path, tmp_path: Path) -> Iterator[Running]:
     """A server on a copy of it."""
