@@ -72,9 +72,8 @@ def ours(vectors: Embeddings, target: float) -> tuple[System, Any]:
     def search(queries: Embeddings, effort: int, threads: int) -> Any:
         return search_index(index, queries, 10, Effort(effort, info.rescore), None, vectors=vectors)[1]
 
-    return System(
-        f"likewise auto {target:g}: {info.factory}, rescore {info.rescore}", taken, search, [info.visits]
-    ), info
+    efforts = sorted({max(1, round(info.visits * 1.15**step)) for step in range(-12, 20)})
+    return System(f"likewise auto {target:g}: {info.factory}, rescore {info.rescore}", taken, search, efforts), info
 
 
 def faiss_hnsw(vectors: Embeddings) -> System:
@@ -170,8 +169,10 @@ def race(vectors: Embeddings, queries: Embeddings, exact: Any, peers: list[str],
     for target in (0.95, 0.99):
         mine, info = ours(vectors, target)
         print(f"built {mine.name}: {mine.build_seconds:.1f} s, {info.why}", flush=True)
+        own = recall(mine.search(queries, info.visits, THREADS), exact)
+        print(f"  {target:g}  as it tuned itself: effort {info.visits}, recall {own:.3f}", flush=True)
         entered = [
-            (mine, *tuned(mine, queries, exact, 0)),
+            (mine, *tuned(mine, queries, exact, target)),
             *((peer, *tuned(peer, queries, exact, target)) for peer in made),
         ]
         for (system, effort, reached), (batch, single) in zip(
@@ -184,7 +185,7 @@ def race(vectors: Embeddings, queries: Embeddings, exact: Any, peers: list[str],
             )
             figures[f"{target:g} {system.name}"] = {
                 "effort": effort, "recall": reached, "queries_per_s": batch, "p50_ms": single,
-                "build_s": system.build_seconds, "ours": system is mine,
+                "build_s": system.build_seconds, "ours": system is mine, "recall as it tuned itself": own,
             }  # fmt: skip
     return figures
 
@@ -272,7 +273,9 @@ def main() -> None:
         entered = {key: f for key, f in figures.items() if key.startswith(target)}
         mine = next(f for f in entered.values() if f["ours"])
         rivals = [f for f in entered.values() if not f["ours"]]
-        goals.append((f"recall of auto at {target}", mine["recall"], float(target) - 0.01))
+        goals.append(
+            (f"recall of auto at {target}, as it tuned itself", mine["recall as it tuned itself"], float(target) - 0.01)
+        )
         if rivals:
             best = {name: [r[name] for r in rivals] for name in ("queries_per_s", "p50_ms", "build_s")}
             goals += [

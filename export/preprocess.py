@@ -154,6 +154,18 @@ def preprocess(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DEFAULT
         raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the picture is damaged ({e}): replace the file") from None
 
 
+def whole_picture(data: bytes, longer_side: int) -> Image.Image:
+    """The whole picture, aspect kept, its longer side `longer_side` px: `fit` pad without its padding.
+
+    Raises `UnreadablePictureError`.
+    """
+    done = preprocess(data, PreprocessSpec(size=longer_side, fit="pad"))
+    scale = longer_side / max(done.width, done.height)
+    width, height = (min(longer_side, max(1, round(side * scale))) for side in (done.width, done.height))
+    left, top = (longer_side - width) // 2, (longer_side - height) // 2
+    return Image.fromarray(done.pixels[top : top + height, left : left + width])
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """`FORMATS` as far as this build of Pillow has them."""

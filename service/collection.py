@@ -30,22 +30,18 @@ from typing import IO, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from export.bundle import Embeddings, RefusalError, Sealed, make_folder, read_contract, write_file
-from service.errors import DataLossError, InvalidArgumentError, MismatchError, NotFoundError
-from service.filter import Filter
+from export.bundle import Embeddings, RefusalError, make_folder, write_file
+from service.errors import DataLossError, InvalidArgumentError
 from service.fresh import Fresh
-from service.index import BLOCK, IndexInfo, Stored, blocks
+from service.index import BLOCK, Stored, blocks
 from service.policy import IndexPolicy
-from service.records import MAX_KEY_BYTES, ClosedError, FileState, NewRow, Reader, Record, Records
+from service.reading import COLLECTION_FORMAT, CollectionManifest, Readable, StoredItem, read_manifest, unit_rows
+from service.records import MAX_KEY_BYTES, ClosedError, FileState, NewRow, Reader, Records
 from service.segment import Batch, Segment, StoredRow, batch_of, batch_of_table, joined, write_segment
-from service.view import Hit, Part, View
+from service.view import Part, View
 
-COLLECTION_FORMAT = 2
-OLDEST_FORMAT = 1
 # Fresh rows are searched exactly; beyond this many they are worth a segment.
 FRESH_LIMIT = 10_000
-# Keys of larger segments are compared with the records by `verify` alone; their ids' count, sum and maximum always.
-COMPARED_UP_TO = 20_000
 # Upserts that wait for each other are committed together, up to about so many rows.
 GROUP = 4096
 # Segments are merged when so many are of about one size, or when such a share of one's rows is dead.
@@ -53,51 +49,11 @@ TIER = 4
 DEAD_SHARE = 0.2
 
 
-class CollectionManifest(Sealed):
-    """collection.json."""
-
-    format_version: int = COLLECTION_FORMAT
-    """Format of the folder."""
-    space_id: str
-    """Embedding space of the vectors."""
-    dim: int
-    """Their length."""
-    metric: str = "cosine"
-    """How they are compared."""
-    created: datetime
-    """When."""
-    policy: IndexPolicy = IndexPolicy()
-    """What its indexes keep to (from format 2 on)."""
-
-
-class StoredItem(NamedTuple):
-    """An item with its vector."""
-
-    row: StoredRow
-    vector: Embeddings
-    origin: str
-    """Who made the vector: variant and provider, or 'client'."""
-
-
 class LostItem(NamedTuple):
     """An item whose vector could not be read any more."""
 
     key: str
     source_uri: str
-
-
-class SegmentInfo(NamedTuple):
-    """What a segment holds, and how it is searched."""
-
-    number: int
-    rows: int
-    """Deleted and replaced ones included."""
-    dead: int
-    """These."""
-    info: IndexInfo
-    """How it is searched, what that is worth, and why."""
-    bytes: int
-    """On the disk."""
 
 
 @dataclass(eq=False)
@@ -111,7 +67,7 @@ class _Write:
     error: Exception | None = None
 
 
-class Collection:
+class Collection(Readable):
     """One collection, open for writing by this process. Thread-safe."""
 
     def __init__(self, folder: Path, space_id: str | None = None, recover: bool = False) -> None:
@@ -121,24 +77,9 @@ class Collection:
         """
         self.folder = folder
         self.lost: list[LostItem] = []
-        path = folder / "collection.json"
-        if not path.is_file():
-            raise RefusalError(
-                f"{folder} is not a collection (no collection.json): make one with `likewise index build --bundle BUNDLE "
-                f"--images PICTURES --out {folder}`"
-            )
-        again = "restore the collection from a backup, or build it again"
-        self.manifest = read_contract(path, CollectionManifest, COLLECTION_FORMAT, again, OLDEST_FORMAT)
-        if space_id is not None and space_id != self.manifest.space_id:
-            raise RefusalError(
-                f"{folder} holds vectors of space {self.manifest.space_id}, the bundle makes {space_id} "
-                "(MODEL_INDEX_MISMATCH): use the bundle that the collection was built with, or build it again with "
-                "this one"
-            )
+        self.manifest = read_manifest(folder, space_id)
         self._lock_file = _lock(folder)
         try:
-            if not (folder / "records.sqlite").is_file():
-                raise RefusalError(f"{folder / 'records.sqlite'} is missing, so the segments mean nothing: {again}")
             self._records = Records(folder / "records.sqlite")
             self._reader = Reader(folder / "records.sqlite")
             self._write_lock = threading.Lock()
@@ -150,7 +91,7 @@ class Collection:
             if recover:
                 self._give_up()
             self._remove_orphans()
-            self._view = self._load()
+            self._view = self._load(self._records, {})
             self._count = self._view.fresh.live + sum(part.count for part in self._view.parts)
             self._sequence = self._records.counter("sequence")
         except BaseException:
@@ -184,115 +125,13 @@ class Collection:
         write_file(folder / "collection.json", manifest.sealed().model_dump_json(indent=2))
         return cls(folder)
 
-    @property
-    def name(self) -> str:
-        """Its folder's name."""
-        return self.folder.name
-
-    @property
-    def space_id(self) -> str:
-        """Embedding space of its vectors."""
-        return self.manifest.space_id
-
-    @property
-    def dim(self) -> int:
-        """Length of its vectors."""
-        return self.manifest.dim
-
     def __len__(self) -> int:
         return self._count
-
-    @property
-    def sequence(self) -> int:
-        """Sequence number of the last write."""
-        return self._sequence
-
-    @property
-    def origins(self) -> set[str]:
-        """Variants and providers that made its vectors, deleted ones until they are compacted away; those that clients
-        brought are not counted."""
-        view = self._view
-        origins = {*view.fresh.made_by(), *(origin for part in view.parts for origin in part.segment.manifest.origins)}
-        return origins - {"client"}
-
-    @property
-    def fresh_count(self) -> int:
-        """Rows that no segment holds yet."""
-        return self._view.fresh.live
-
-    def segments(self) -> list[SegmentInfo]:
-        """The live segments, oldest first."""
-        return [
-            SegmentInfo(p.number, len(p.segment), len(p.segment) - p.count, p.segment.info, _bytes(p.segment.folder))
-            for p in self._view.parts
-        ]
-
-    @property
-    def view(self) -> View:
-        """What a search sees now: never changed."""
-        return self._view
-
-    # --- reading ------------------------------------------------------------------------------------------------
-
-    def search(
-        self,
-        queries: Embeddings,
-        k: int,
-        min_score: float | None = None,
-        *,
-        filters: Filter | Sequence[Filter | None] | None = None,
-        leave_out: Sequence[frozenset[str]] | None = None,
-    ) -> list[list[Hit]]:
-        """The k most similar live rows of each query [Q, D], best first; ties by key. Vectors are scaled to length 1.
-
-        `filters`: one for all, or one per query. `leave_out`: keys per query that are not to be found.
-        """
-        queries = unit_rows(queries, self.dim, "vector")
-        each = [filters] * len(queries) if filters is None or isinstance(filters, Filter) else filters
-        return self._view.search(queries, k, each, leave_out or [frozenset()] * len(queries), min_score)
-
-    def search_groups(
-        self,
-        query: Embeddings,
-        k: int,
-        field: str,
-        size: int = 1,
-        *,
-        wanted: Filter | None = None,
-        leave_out: frozenset[str] = frozenset(),
-        min_score: float | None = None,
-    ) -> list[list[Hit]]:
-        """The k best groups of rows that share the value of a payload field, each with its `size` best rows, for a query
-        [D]."""
-        rows = unit_rows(query, self.dim, "vector")
-        return self._view.groups(rows, k, size, field, wanted, leave_out, min_score)
-
-    def within(self, query: Embeddings, min_score: float, wanted: Filter | None = None) -> list[Hit]:
-        """Every live row at least so similar to a query [D], best first; from approximate indexes those that they find."""
-        return self._view.within(unit_rows(query, self.dim, "vector"), min_score, wanted)
-
-    def expand(
-        self,
-        queries: Embeddings,
-        neighbours: int,
-        alpha: float = 3.0,
-        *,
-        filters: Sequence[Filter | None] | None = None,
-        leave_out: Sequence[frozenset[str]] | None = None,
-    ) -> Embeddings:
-        """Queries [Q, D] moved towards their nearest neighbours: α-query expansion (Radenović et al. 2018)."""
-        queries = unit_rows(queries, self.dim, "vector")
-        filters, leave_out = filters or [None] * len(queries), leave_out or [frozenset()] * len(queries)
-        return self._view.expanded(queries, neighbours, alpha, filters, leave_out)
-
-    def scan(self) -> Iterator[tuple[pa.Table, Embeddings]]:
-        """Every live item, block by block, as of now: id, key, payload, source_uri and sequence, and vectors [N, D]."""
-        return self._view.scan()
 
     def get(self, key: str) -> StoredItem:
         """A live item. Raises `NotFoundError`. Writes do not hold it up."""
         try:
-            found = self._stored(self._reader.live(key), key)
+            found = self._stored(self._reader.one(key), key)
         except ClosedError:
             raise self._gone() from None
         if found is not None:
@@ -368,17 +207,6 @@ class Collection:
         if found is None:
             raise DataLossError(f"the item {key!r} is in a segment that is not open: restart the server")
         return found
-
-    def _stored(self, record: Record | None, key: str) -> StoredItem | None:
-        """An item with its vector; None where the view does not hold its segment. Raises `NotFoundError`."""
-        if record is None:
-            raise NotFoundError(f"the collection {self.name!r} has no item with the key {key!r}", "item", key)
-        if record.vector is not None:
-            return StoredItem(record.row, record.vector, record.origin)
-        for part in self._view.parts:
-            if part.number == record.segment:
-                return StoredItem(record.row, part.segment.vector(part.segment.position(record.row.id)), record.origin)
-        return None
 
     def _write(self, rows: Sequence[NewRow], vectors: Embeddings, gone: Sequence[str]) -> list[int]:
         """Bury the items `gone`, then insert or replace rows, in one commit. Under the write lock."""
@@ -652,9 +480,6 @@ class Collection:
                 raise self._gone()
             yield
 
-    def _gone(self) -> NotFoundError:
-        return NotFoundError(f"the collection {self.name!r} is closed or was deleted", "collection", self.name)
-
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _no_rows(self) -> Fresh:
@@ -665,9 +490,6 @@ class Collection:
         allowed, rows = self.manifest.policy.max_memory, len(batch.rows)
         memory = None if allowed is None else allowed * rows / max(rows, self._count)
         return write_segment(self._segment_folder(number), batch, self.manifest.policy, memory)
-
-    def _segment_folder(self, number: int) -> Path:
-        return self.folder / "segments" / f"{number:04d}"
 
     def _publish_writes(
         self, dead: dict[int, int | None], rows: list[StoredRow], vectors: Embeddings, origins: list[str]
@@ -682,29 +504,11 @@ class Collection:
         self._view = View(tuple(parts), fresh.extended(rows, vectors, origins) if rows else fresh)
         self._count += len(rows) - len(dead)
 
-    def _opened(self, number: int, full: bool = False) -> Segment:
-        """Raises `RefusalError` where it is damaged, or holds other rows than the records say."""
-        segment = Segment(self._segment_folder(number), full)
-        ids = segment.ids
-        extent = (len(ids), int(ids.sum()), int(ids[-1]))
-        same = segment.manifest.dim == self.dim and extent == self._records.extent(number)
-        if same and (full or len(ids) <= COMPARED_UP_TO):
-            same = segment.identities() == self._records.held(number)
-        if not same:
-            raise self._disagreement(segment)
-        return segment
-
-    def _disagreement(self, segment: Segment) -> RefusalError:
-        return RefusalError(
-            f"{segment.folder} and {self.folder / 'records.sqlite'} disagree about the rows of the segment: one of them is "
-            "damaged; restore the collection from a backup, or build it again"
-        )
-
     def _give_up(self) -> None:
         """Forget the segments that cannot be read; what is left of their folders goes to damaged/."""
         for number in self._records.segments():
             try:
-                self._opened(number, full=True)
+                self._opened(number, self._records, full=True)
             except RefusalError:
                 aside = self.folder / "damaged" / f"{number:04d}"
                 with self._records.transaction():
@@ -720,28 +524,6 @@ class Collection:
         for folder in (self.folder / "segments").glob("*"):
             if folder.name not in committed:
                 shutil.rmtree(folder)
-
-    def _load(self) -> View:
-        """The view that the records describe. Raises `RefusalError` where segments and records disagree."""
-        dead: dict[int, list[int]] = {}
-        for number, row_id in self._records.tombstones():
-            dead.setdefault(number, []).append(row_id)
-        parts = []
-        for number in self._records.segments():
-            segment = self._opened(number)
-            part = Part(number, segment)
-            if number in dead:
-                part = part.without(np.searchsorted(segment.ids, dead[number]).tolist())
-            parts.append(part)
-        fresh = self._records.fresh()
-        vectors = [record.vector for record in fresh if record.vector is not None]
-        matrix = np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
-        rows, origins = [record.row for record in fresh], [record.origin for record in fresh]
-        return View(tuple(parts), Fresh.of(rows, matrix, origins))
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def worth_merging(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -776,42 +558,6 @@ def check_payload(payload: str, field: str) -> None:
         sound = False
     if not sound:
         raise InvalidArgumentError(f"the payload {payload[:40]!r} is no JSON object: send one", "BAD_PAYLOAD", field)
-
-
-def check_space(found: str, expected: str) -> None:
-    """Raises `MismatchError` when a request names another space; an empty name passes."""
-    if found and found != expected:
-        raise MismatchError(
-            f"the vectors are of space {found}, this server and its collections are of {expected}: embed the pictures "
-            "with this server's encoder",
-            found,
-            expected,
-        )
-
-
-def unit_rows(vectors: Embeddings, dim: int, field: str) -> Embeddings:
-    """float32 [N, dim], each row scaled to length 1. Raises `InvalidArgumentError`."""
-    vectors = np.ascontiguousarray(np.atleast_2d(vectors), np.float32)
-    if vectors.shape[1] != dim:
-        raise InvalidArgumentError(
-            f"the vector has {vectors.shape[1]} values, the encoder makes {dim}: send an embedding of this server's "
-            "encoder",
-            "BAD_DIMENSIONS",
-            field,
-        )
-    squares = np.einsum("ij,ij->i", vectors, vectors)
-    # Rows that are unit already stay bit-identical: what was embedded is what is stored.
-    odd = np.flatnonzero(~(np.abs(squares - 1) < 1e-5))
-    if not len(odd):
-        return vectors
-    lengths = np.linalg.norm(vectors[odd].astype(np.float64), axis=1, keepdims=True)
-    if not np.isfinite(lengths).all() or (lengths < 1e-12).any():
-        raise InvalidArgumentError(
-            "the vector is zero or holds values that are not finite: send an embedding", "BAD_VECTOR", field
-        )
-    scaled: Embeddings = vectors.copy()
-    scaled[odd] = vectors[odd] / lengths
-    return scaled
 
 
 def _lock(folder: Path) -> IO[str]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from export.bundle import Embeddings
 from service.collection import Collection
@@ -24,8 +23,8 @@ from service.errors import InvalidArgumentError
 from service.filter import Filter
 from service.fresh import Fresh
 from service.index import EXACT_AMONG, Bitmap, Rows
-from service.segment import unit
-from service.view import Part
+from service.live import Live
+from service.segment import Segment
 
 # Rows that search at a time, and rows that they are compared with at a time: 8 MiB of scores.
 QUERIES = 1024
@@ -127,7 +126,7 @@ class _Found(NamedTuple):
 class _Source:
     """The live rows of a segment, or the fresh ones, that pass the filter, by age."""
 
-    holder: Part | Fresh
+    holder: Segment | Fresh
     at: Rows
     """Where they are, ascending."""
     bits: Bitmap | None
@@ -141,32 +140,14 @@ class _Source:
         """Those of some of its rows in order [high − low, D], float32 of length 1."""
         at = self.at[low:high]
         first, last = int(at[0]), int(at[-1])
-        return self._read(slice(first, last + 1) if last - first + 1 == len(at) else at)
-
-    def vectors_at(self, at: Rows) -> Embeddings:
-        """Those at positions [N, D]."""
-        return self._read(at)
-
-    def _read(self, which: slice | Rows) -> Embeddings:
-        if isinstance(self.holder, Fresh):
-            return self.holder.buffer[which]
-        stored = self.holder.segment.vectors[which]
-        return np.asarray(stored) if stored.dtype == np.float32 else unit(np.asarray(stored, np.float32))
-
-    def names(self, at: Rows) -> tuple[list[str], list[str]]:
-        """Keys and source URIs at positions."""
-        if isinstance(self.holder, Fresh):
-            rows = [self.holder.rows[i] for i in at.tolist()]
-            return [row.key for row in rows], [row.source_uri for row in rows]
-        table = self.holder.segment.table.select(["key", "source_uri"]).take(at)
-        return table["key"].to_pylist(), table["source_uri"].to_pylist()
+        return self.holder.vectors_at(slice(first, last + 1) if last - first + 1 == len(at) else at)
 
     @property
     def cost(self) -> float:
         """Of comparing one row with all of these, in comparisons of a matrix product."""
         if self.exact or isinstance(self.holder, Fresh):
             return len(self.at)
-        visited = self.holder.segment.info.visits * math.sqrt(len(self.at)) / 2 + NEIGHBOURS
+        visited = self.holder.info.visits * math.sqrt(len(self.at)) / 2 + NEIGHBOURS
         return min(len(self.at), visited) * _INDEX_COST
 
 
@@ -199,24 +180,26 @@ class SelfSearch:
         self._limit = min_score - TOLERANCE
         self._progress = progress
         view = collection.view
-        holders: list[Part | Fresh] = [*view.parts, view.fresh]
-        chosen = [_chosen(holder, wanted) for holder in holders]
-        sequences = [_sequences(holder) for holder in holders]
-        self.sequence = max((int(s.max()) for s in sequences if len(s)), default=0)
+        self._live = live = Live(view)
+        flags, sequences = live.flags(wanted), live.sequences()
+        self.sequence = int(sequences.max(initial=0))
         """That of the last write that is seen: `after` of the next run."""
-        at = [np.flatnonzero(flags) for flags in chosen]
+        places = np.flatnonzero(flags)
         # Ids and sequence numbers ascend together, within a segment and over all.
-        ages = np.concatenate([s[a] for s, a in zip(sequences, at, strict=True)])
-        self._order: Rows = np.argsort(ages, kind="stable")
-        numbers = np.empty_like(self._order)
-        numbers[self._order] = np.arange(len(numbers))
+        ages = sequences[places]
+        order = np.argsort(ages, kind="stable")
+        numbers = np.empty_like(order)
+        numbers[order] = np.arange(len(order))
+        self._order: Rows = places[order]  # the places in `live`, by age
         self._first = 0 if after is None else int((ages <= after).sum())
-        self._ends = np.cumsum([len(a) for a in at])
         self._sources = []
-        for holder, a, flags, mine in zip(holders, at, chosen, np.split(numbers, self._ends[:-1]), strict=True):
-            few = isinstance(holder, Fresh) or not holder.segment.info.visits or len(a) <= EXACT_AMONG
-            bits = None if len(a) == len(flags) else np.packbits(flags, bitorder="little")
-            self._sources.append(_Source(holder, a, bits, mine, exact or few))
+        holders: list[Segment | Fresh] = [*(part.segment for part in view.parts), view.fresh]
+        for holder, start, end in zip(holders, live.starts, live.ends, strict=True):
+            low, high = np.searchsorted(places, (start, end)).tolist()
+            few = isinstance(holder, Fresh) or not holder.info.visits or high - low <= EXACT_AMONG
+            bits = None if high - low == end - start else np.packbits(flags[start:end], bitorder="little")
+            source = _Source(holder, places[low:high] - start, bits, numbers[low:high], exact or few)
+            self._sources.append(source)
 
     def __len__(self) -> int:
         """Items that are looked among."""
@@ -309,8 +292,8 @@ class SelfSearch:
 
     def _by_index(self, other: _Source, queries: Embeddings, numbers: Rows, most: int | None) -> Iterator[_Found]:
         """Older rows (with `most`, newer ones, too) near queries [Q, D], as an index finds them."""
-        assert isinstance(other.holder, Part)
-        segment, count = other.holder.segment, len(other.at)
+        assert isinstance(other.holder, Segment)
+        segment, count = other.holder, len(other.at)
         rescore = segment.info.rescore
         lowest = self._limit - (0 if rescore else MARGIN)
         left, k = np.arange(len(queries)), NEIGHBOURS
@@ -342,7 +325,7 @@ class SelfSearch:
         right = mine != theirs if both else theirs < mine
         asked, at, mine, theirs = asked[right], at[right], mine[right], theirs[right]
         if len(at):
-            scores = np.einsum("nd,nd->n", queries[asked], other.vectors_at(at))
+            scores = np.einsum("nd,nd->n", queries[asked], other.holder.vectors_at(at))
             near = scores >= self._limit
             if near.any():
                 newer, older = np.maximum(mine, theirs), np.minimum(mine, theirs)
@@ -350,28 +333,16 @@ class SelfSearch:
 
     # --- rows by their numbers ------------------------------------------------------------------------------------
 
-    def _places(self, numbers: Rows) -> Iterator[tuple[_Source, npt.NDArray[np.bool_], Rows]]:
-        """Where rows are: a source, which of them are in it, and their positions there."""
-        places = self._order[numbers]
-        sources = np.searchsorted(self._ends, places, side="right")
-        for which in np.unique(sources).tolist():
-            source, mine = self._sources[which], sources == which
-            yield source, mine, source.at[places[mine] - (self._ends[which] - len(source.at))]
-
     def _vectors(self, numbers: Rows) -> Embeddings:
-        """[N, D]"""
-        parts = [(mine, source.vectors_at(at)) for source, mine, at in self._places(numbers)]
-        vectors = np.empty((len(numbers), parts[0][1].shape[1]), np.float32)
-        for mine, some in parts:
-            vectors[mine] = some
+        """[N, D], of length 1."""
+        vectors = np.empty((len(numbers), self._live.dim), np.float32)
+        for source, mine, at in self._live.places(self._order[numbers]):
+            vectors[mine] = self._sources[source].holder.vectors_at(at)
         return vectors
 
     def _names(self, numbers: Rows) -> tuple[list[str], list[str]]:
         """Keys and source URIs."""
-        keys, uris = np.empty(len(numbers), object), np.empty(len(numbers), object)
-        for source, mine, at in self._places(numbers):
-            keys[mine], uris[mine] = source.names(at)
-        return keys.tolist(), uris.tolist()
+        return self._live.names(self._order[numbers])
 
 
 class _Forest:
@@ -414,20 +385,3 @@ class _Forest:
             roots = above
         self._parents[numbers] = roots
         return roots
-
-
-def _chosen(holder: Part | Fresh, wanted: Filter | None) -> Bitmap:
-    """1 for each live row that a filter passes, in order."""
-    if isinstance(holder, Fresh):
-        return holder.among(wanted)[0]
-    bits, _ = holder.among(wanted)
-    size = len(holder.segment)
-    return np.ones(size, np.uint8) if bits is None else np.unpackbits(bits, bitorder="little")[:size]
-
-
-def _sequences(holder: Part | Fresh) -> Rows:
-    """The sequence numbers of its rows, dead ones too."""
-    if isinstance(holder, Fresh):
-        return np.array([row.sequence for row in holder.rows[: holder.count]], np.int64)
-    sequences: Rows = holder.segment.table["sequence"].to_numpy()
-    return sequences

@@ -80,6 +80,10 @@ class Fresh:
         """Where the live rows are, ascending."""
         return np.flatnonzero(self.flags)
 
+    def vectors_at(self, positions: Rows | slice) -> Embeddings:
+        """[N, D] at positions, of length 1; uncopied where they are a slice."""
+        return self.buffer[positions]
+
     def among(self, wanted: Filter | None) -> tuple[Bitmap, int]:
         """1 for each live row that a filter passes, [count], and how many they are."""
         if wanted is None:

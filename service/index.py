@@ -34,11 +34,13 @@ EXACT_UP_TO = 20_000
 EXACT_AMONG = 5_000
 BLOCK = 16_384
 # Up to so many rows two kinds of index are built and the faster is kept; above, the second takes too long.
-COMPARED_UP_TO = 2_000_000
+COMPARED_UP_TO = 100_000
 _TUNING_QUERIES = 256
 _TIMED_QUERIES = 64
 _POINTS_PER_LIST = 64
 _CONSTRUCTION = 100  # candidates per row while a graph is built; FAISS takes 40, hnswlib 200
+# The neighbours among a share s of the rows lie in about s^-0.75 times as many lists.
+_SPREAD = 0.75
 _THREADS = faiss.omp_get_max_threads()
 _BATCH = 16
 
@@ -364,7 +366,7 @@ def search_index(
     most = _inner(index).nlist if is_ivf(index) else index.ntotal
     visits = max(effort.visits, _visits(index, wanted))
     if live is not None and count:
-        visits = int(visits * (index.ntotal / count) ** 0.5)
+        visits = int(visits * (index.ntotal / count) ** _SPREAD)
     visits = min(most, visits)
     while True:
         scores, rows = _search(index, queries, wanted, visits, live)

@@ -13,8 +13,9 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
 from export.bundle import printable, write_file
-from service.collection import COLLECTION_FORMAT, Collection, SegmentInfo
+from service.collection import Collection
 from service.config import Constraints
+from service.reading import COLLECTION_FORMAT, SegmentInfo
 from service.snapshot import restore, take
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

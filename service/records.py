@@ -86,7 +86,64 @@ class Record(NamedTuple):
     origin: str
 
 
-class Records:
+class Reads:
+    """What is read through one connection; not thread-safe, its owner serialises."""
+
+    _db: sqlite3.Connection
+
+    def counter(self, name: str) -> int:
+        """A counter's value."""
+        return int(self._db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()[0])
+
+    def live(self, key: str) -> Record | None:
+        """The live row of a key."""
+        return _live(self._db, key)
+
+    def fresh(self) -> list[Record]:
+        """Live rows that are in no segment yet, by id."""
+        rows = self._db.execute(
+            "SELECT id, key, payload, source_uri, sequence, segment, vector, origin FROM items "
+            "WHERE live = 1 AND segment IS NULL ORDER BY id"
+        )
+        return [_record(row) for row in rows]
+
+    def tombstones(self) -> list[tuple[int, int]]:
+        """(segment, id) of dead rows that a segment still holds."""
+        return self._db.execute("SELECT segment, id FROM items WHERE live = 0 AND segment IS NOT NULL").fetchall()
+
+    def extent(self, segment: int) -> tuple[int, int, int]:
+        """Rows that a segment holds, dead ones too: how many, the sum of their ids, and the largest."""
+        found = self._db.execute(
+            "SELECT count(*), coalesce(sum(id), 0), coalesce(max(id), 0) FROM items WHERE segment = ?", (segment,)
+        ).fetchone()
+        return found[0], found[1], found[2]
+
+    def held(self, segment: int) -> list[tuple[int, str]]:
+        """(id, key) of the rows that a segment holds, dead ones too, by id."""
+        return self._db.execute("SELECT id, key FROM items WHERE segment = ? ORDER BY id", (segment,)).fetchall()
+
+    def segments(self) -> list[int]:
+        """Numbers of the live segments."""
+        return [number for (number,) in self._db.execute("SELECT number FROM segments ORDER BY number")]
+
+    def count(self) -> int:
+        """Live rows."""
+        return int(self._db.execute("SELECT count(*) FROM items WHERE live = 1").fetchone()[0])
+
+    def files(self) -> dict[str, FileState]:
+        """The file behind each live key."""
+        rows = self._db.execute(
+            "SELECT key, file_size, file_mtime_ns, file_sha256, source_uri FROM items WHERE live = 1"
+        )
+        return {key: FileState(*state) for key, *state in rows}
+
+    def origins(self, segment: int) -> dict[str, int]:
+        """How many live rows of a segment each variant and provider made."""
+        counted = "SELECT origin, count(*) FROM items WHERE segment = ? AND live = 1 GROUP BY origin"
+        return dict(self._db.execute(counted, (segment,)).fetchall())
+
+
+class Records(Reads):
     """One connection; not thread-safe, its owner serialises."""
 
     def __init__(self, path: Path) -> None:
@@ -137,10 +194,6 @@ class Records:
             "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value", (count, counter)
         ).fetchone()
         return int(last) - count + 1
-
-    def counter(self, name: str) -> int:
-        """A counter's value."""
-        return int(self._db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()[0])
 
     def insert(
         self, rows: Iterable[NewRow], ids: Sequence[int], sequences: Sequence[int], segment: int | None,
@@ -207,62 +260,15 @@ class Records:
         self._db.execute("DELETE FROM segments WHERE number = ?", (segment,))
         return lost
 
-    def origins(self, segment: int) -> dict[str, int]:
-        """How many live rows of a segment each variant and provider made."""
-        counted = "SELECT origin, count(*) FROM items WHERE segment = ? AND live = 1 GROUP BY origin"
-        return dict(self._db.execute(counted, (segment,)).fetchall())
-
     def shrink(self) -> None:
         """Write everything into the main file, and give room that is free in it back."""
         self._db.execute("VACUUM")
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def live(self, key: str) -> Record | None:
-        """The live row of a key."""
-        return _live(self._db, key)
-
-    def fresh(self) -> list[Record]:
-        """Live rows that are in no segment yet, by id."""
-        rows = self._db.execute(
-            "SELECT id, key, payload, source_uri, sequence, segment, vector, origin FROM items "
-            "WHERE live = 1 AND segment IS NULL ORDER BY id"
-        )
-        return [_record(row) for row in rows]
-
-    def tombstones(self) -> list[tuple[int, int]]:
-        """(segment, id) of dead rows that a segment still holds."""
-        return self._db.execute("SELECT segment, id FROM items WHERE live = 0 AND segment IS NOT NULL").fetchall()
-
-    def extent(self, segment: int) -> tuple[int, int, int]:
-        """Rows that a segment holds, dead ones too: how many, the sum of their ids, and the largest."""
-        found = self._db.execute(
-            "SELECT count(*), coalesce(sum(id), 0), coalesce(max(id), 0) FROM items WHERE segment = ?", (segment,)
-        ).fetchone()
-        return found[0], found[1], found[2]
-
     def check(self) -> str | None:
         """What is wrong with the file, None where nothing is."""
         found: str = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         return None if found == "ok" else found
-
-    def held(self, segment: int) -> list[tuple[int, str]]:
-        """(id, key) of the rows that a segment holds, dead ones too, by id."""
-        return self._db.execute("SELECT id, key FROM items WHERE segment = ? ORDER BY id", (segment,)).fetchall()
-
-    def segments(self) -> list[int]:
-        """Numbers of the live segments."""
-        return [number for (number,) in self._db.execute("SELECT number FROM segments ORDER BY number")]
-
-    def count(self) -> int:
-        """Live rows."""
-        return int(self._db.execute("SELECT count(*) FROM items WHERE live = 1").fetchone()[0])
-
-    def files(self) -> dict[str, FileState]:
-        """The file behind each live key."""
-        rows = self._db.execute(
-            "SELECT key, file_size, file_mtime_ns, file_sha256, source_uri FROM items WHERE live = 1"
-        )
-        return {key: FileState(*state) for key, *state in rows}
 
     def touch(self, files: Iterable[tuple[str, int]]) -> None:
         """New times of change (key, nanoseconds) of files whose bytes are the same. Inside a transaction."""
@@ -278,22 +284,45 @@ class ClosedError(Exception):
     """The collection was closed meanwhile."""
 
 
-class Reader:
-    """A second connection, that reads what was committed while a write goes on. Thread-safe."""
+class Reader(Reads):
+    """A second connection, that reads what was committed while this or another process writes."""
 
     def __init__(self, path: Path) -> None:
-        """Open a file that `Records` has opened."""
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-        self._db.execute("PRAGMA query_only=1")
+        """Open a file that `Records` has made. Raises `RefusalError`."""
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+            self._db.execute("PRAGMA query_only=1")
+            self.counter("sequence")
+        except sqlite3.Error as e:
+            raise RefusalError(f"{path} cannot be read ({e}): check the file and its permissions") from e
         self._lock = threading.Lock()
         self._closed = False
 
-    def live(self, key: str) -> Record | None:
-        """The live row of a key. Raises `ClosedError`."""
+    @contextlib.contextmanager
+    def moment(self) -> Iterator[None]:
+        """What is read inside belongs to one moment; one thread at a time. Raises `ClosedError`."""
         with self._lock:
             if self._closed:
                 raise ClosedError
-            return _live(self._db, key)
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._db.execute("COMMIT")
+
+    def one(self, key: str) -> Record | None:
+        """The live row of a key. Thread-safe. Raises `ClosedError`."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError
+            return self.live(key)
+
+    def version(self) -> int:
+        """Changes whenever another connection has committed. Thread-safe. Raises `ClosedError`."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError
+            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
     def close(self) -> None:
         """Close the connection."""

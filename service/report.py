@@ -13,7 +13,8 @@ from rich.table import Table
 
 from export.bundle import printable, write_file
 from export.preprocess import PreprocessSpec, UnreadablePictureError, preprocess
-from service.evaluate import Estimate, Evaluation, Found, Hubness, Scores, SegmentFigures, Sheet, Shown
+from service.evaluate import Evaluation, Found, SegmentFigures, Sheet, Shown
+from service.quality import Estimate, Hubness, Scores
 
 SIDE = 96  # of a thumbnail, in pixels
 

@@ -38,11 +38,13 @@ from service.checksums import FileSum, sum_of, verify
 from service.filter import Attributes, Filter
 from service.index import (
     BLOCK,
+    EXACT_AMONG,
     Bitmap,
     IndexInfo,
     Rows,
     Stored,
     build_index,
+    exact_among,
     read_index,
     search_index,
     write_index,
@@ -95,6 +97,20 @@ class _Manifest1(Sealed):
     sha256: dict[str, str]
 
 
+class _Strings:
+    """A column of strings, read one by one: an Arrow scalar for each would take longer than the search."""
+
+    def __init__(self, column: pa.Array) -> None:
+        _, offsets, data = column.buffers()
+        self._offsets = memoryview(offsets or b"\0" * 8).cast("q" if pa.types.is_large_string(column.type) else "i")
+        self._first = column.offset
+        self._data = memoryview(data or b"")
+
+    def __getitem__(self, at: int) -> str:
+        at += self._first
+        return str(self._data[self._offsets[at] : self._offsets[at + 1]], "utf-8")
+
+
 class StoredRow(NamedTuple):
     """A row as a query returns it."""
 
@@ -121,6 +137,8 @@ class Segment:
         self._columns = [self.table[name].chunk(0) if len(self) else pa.array([], self.table[name].type)
                          for name in _SCHEMA.names]  # fmt: skip
         self.ids: Rows = self._columns[0].to_numpy()
+        self._sequences: Rows = self._columns[4].to_numpy()
+        self._strings = [_Strings(column) for column in self._columns[1:4]]
         self.info = self.manifest.index
         self._passing = functools.lru_cache(FILTERS_KEPT)(self._evaluated)
         self._index = read_index(folder / "index.faiss", self.manifest.rows, self.manifest.dim)
@@ -140,26 +158,33 @@ class Segment:
                     f"{file} has checksum {found[:12]}…, segment.json says {digest[:12]}…: the file was damaged; {_AGAIN}"
                 )
 
-    def search(self, queries: Embeddings, k: int, live: Bitmap | None, live_count: int) -> tuple[Embeddings, Rows]:
-        """Scores and positions [Q, k] among the live rows (all where `live` is None); −1 where there are fewer."""
+    def search(
+        self, queries: Embeddings, k: int, live: Bitmap | None, live_count: int, rows: Rows | None = None
+    ) -> tuple[Embeddings, Rows]:
+        """Scores and positions [Q, k] among the live rows (all where `live` is None); −1 where there are fewer. `rows`:
+        their positions, where they are few and known."""
         count = len(self) if live is None else live_count
+        if rows is not None:
+            return exact_among(self.vectors, rows, queries, k)
         return search_index(self._index, queries, min(k, len(self)), self.info.effort, live, count, self.vectors)
 
     def row(self, position: int) -> StoredRow:
         """The row at a position."""
-        return StoredRow(*(column[position].as_py() for column in self._columns))
+        keys, payloads, uris = self._strings
+        return StoredRow(
+            int(self.ids[position]), keys[position], payloads[position], uris[position], int(self._sequences[position])
+        )
 
     def vector(self, position: int) -> Embeddings:
         """[D], of length 1."""
         row: Embeddings = self.vectors_at(np.array([position]))[0]
         return row
 
-    def vectors_at(self, positions: Rows) -> Embeddings:
-        """[N, D] at positions [N]: as they were written, or of length 1 again where they are stored in float16."""
-        rows: Embeddings = np.array(self.vectors[positions], np.float32)
-        if self.vectors.dtype != np.float32:
-            rows = unit(rows)
-        return rows
+    def vectors_at(self, positions: Rows | slice) -> Embeddings:
+        """[N, D] at positions: as they were written, uncopied where they are a slice, or of length 1 again where they are
+        stored in float16."""
+        rows: Embeddings = np.asarray(self.vectors[positions], np.float32)
+        return rows if self.vectors.dtype == np.float32 else unit(rows)
 
     @cached_property
     def attributes(self) -> Attributes:
@@ -168,13 +193,16 @@ class Segment:
         columns = _mapped(path) if path.is_file() else columns_of(self._columns[2].to_pylist())
         return Attributes(self._columns[1], self._columns[3], self._columns[4], self._columns[2], columns)
 
-    def passing(self, wanted: Filter) -> tuple[Bitmap, int]:
-        """The rows, dead ones too, that a filter passes, as a bitmap, and how many they are. The last filters' are kept."""
+    def passing(self, wanted: Filter) -> tuple[Bitmap, int, Rows | None]:
+        """The rows, dead ones too, that a filter passes, as a bitmap, how many they are, and where they are few their
+        positions. The last filters' are kept."""
         return self._passing(wanted)
 
-    def _evaluated(self, wanted: Filter) -> tuple[Bitmap, int]:
+    def _evaluated(self, wanted: Filter) -> tuple[Bitmap, int, Rows | None]:
         mask = wanted.mask(self.attributes)
-        return np.packbits(mask, bitorder="little"), int(mask.sum())
+        count = int(np.count_nonzero(mask))
+        few = np.flatnonzero(mask) if count <= EXACT_AMONG and self.info.visits else None
+        return np.packbits(mask, bitorder="little"), count, few
 
     def identities(self) -> list[tuple[int, str]]:
         """(id, key) of every row, by id."""
@@ -182,8 +210,7 @@ class Segment:
 
     def key(self, position: int) -> str:
         """Its key alone."""
-        key: str = self._columns[1][position].as_py()
-        return key
+        return self._strings[0][position]
 
     def position(self, row_id: int) -> int:
         """Where the row with an id is; ids ascend."""

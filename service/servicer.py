@@ -22,12 +22,13 @@ from google.protobuf.struct_pb2 import Struct
 from export.bundle import Embeddings
 from export.preprocess import UnreadablePictureError
 from service.batching import Batcher, Embedded
-from service.collection import Collection, check_key, check_space, unit_rows
+from service.collection import Collection, check_key
 from service.encoder import Encoder
 from service.errors import InternalError, InvalidArgumentError, PreconditionError, ServiceError, unreadable
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
+from service.reading import check_space, unit_rows
 from service.records import NewRow
 from service.segment import StoredRow
 from service.store import Store

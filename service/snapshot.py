@@ -20,7 +20,8 @@ from typing import BinaryIO
 
 from export.bundle import RefusalError, Sealed, make_folder, publish, read_contract, write_file
 from service.checksums import FileSum, sum_of, verify
-from service.collection import COLLECTION_FORMAT, OLDEST_FORMAT, Collection, CollectionManifest
+from service.collection import Collection
+from service.reading import COLLECTION_FORMAT, OLDEST_FORMAT, CollectionManifest
 from service.records import copy_records
 from service.store import NAME, NAME_RULE
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from export.bundle import Embeddings
 from service.filter import Filter
 from service.fresh import Fresh
-from service.index import BLOCK, Bitmap
+from service.index import BLOCK, Bitmap, Rows
 from service.segment import Segment, StoredRow, table_of
 
 
@@ -48,11 +48,12 @@ class Part:
         """Live rows."""
         return len(self.segment) if self.live is None else self.live_count
 
-    def flags(self) -> Bitmap:
-        """1 for each live row, 0 for each dead one."""
-        if self.live is None:
+    def flags(self, wanted: Filter | None = None) -> Bitmap:
+        """1 for each live row that a filter passes, 0 for each other one."""
+        bits, *_ = self.among(wanted)
+        if bits is None:
             return np.ones(len(self.segment), np.uint8)
-        return np.unpackbits(self.live, bitorder="little")[: len(self.segment)]
+        return np.unpackbits(bits, bitorder="little", count=len(self.segment))
 
     def without(self, positions: Sequence[int]) -> Part:
         """The same with some rows dead."""
@@ -60,15 +61,19 @@ class Part:
         flags[list(positions)] = 0
         return replace(self, live=np.packbits(flags, bitorder="little"), live_count=int(flags.sum()))
 
-    def among(self, wanted: Filter | None) -> tuple[Bitmap | None, int]:
-        """The live rows that a filter passes, as a bitmap (None: every row), and how many they are."""
+    def among(self, wanted: Filter | None) -> tuple[Bitmap | None, int, Rows | None]:
+        """The live rows that a filter passes, as a bitmap (None: every row), how many they are, and where they are few
+        their positions."""
         if wanted is None:
-            return self.live, self.count
-        bits, count = self.segment.passing(wanted)
+            return self.live, self.count, None
+        bits, count, rows = self.segment.passing(wanted)
         if self.live is None:
-            return bits, count
+            return bits, count, rows
+        if rows is not None:
+            rows = rows[(self.live[rows >> 3] >> (rows & 7)) & 1 == 1]
+            return bits & self.live, len(rows), rows
         bits = bits & self.live
-        return bits, int(np.bitwise_count(bits).sum())
+        return bits, int(np.bitwise_count(bits).sum()), None
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class View:
                 yield part.segment.table.take(some), part.segment.vectors_at(some)
         at = self.fresh.positions()
         if len(at):
-            yield table_of([self.fresh.rows[i] for i in at.tolist()]), self.fresh.buffer[at]
+            yield table_of([self.fresh.rows[i] for i in at.tolist()]), self.fresh.vectors_at(at)
 
     def search(
         self,
@@ -168,10 +173,10 @@ class View:
         for wanted, members in _alike(filters):
             asked = queries if len(members) == len(queries) else queries[members]
             for part in self.parts:
-                bits, count = part.among(wanted)
+                bits, count, rows = part.among(wanted)
                 if not count:
                     continue
-                scores, positions = part.segment.search(asked, k + more, bits, count)
+                scores, positions = part.segment.search(asked, k + more, bits, count, rows)
                 for i, row_scores, row_positions in zip(members, scores.tolist(), positions.tolist(), strict=True):
                     found[i] += [
                         _Found(score, part.segment.key(at), part, at)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTRACT = {f"export.{name}" for name in ("bundle", "machine", "preprocess", "providers", "runtime", "tune")}
+CONTRACT = {f"export.{name}" for name in ("bundle", "edits", "machine", "preprocess", "providers", "runtime", "tune")}
 ALLOWED = {
     "training": CONTRACT | {"export.weights"},
     "export": set(),
@@ -66,6 +66,7 @@ def test_heavy_packages_have_one_importer() -> None:
         "service/collection.py",
         "service/filter.py",
         "service/payload.py",
+        "service/reading.py",
         "service/segment.py",
         "service/transfer.py",
         "service/view.py",
@@ -86,7 +87,15 @@ def test_heavy_packages_have_one_importer() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["service.server", "service.build", "service.client", "likewise", "training.config", "training.evaluate.config"],
+    [
+        "service.server",
+        "service.build",
+        "service.evaluate",
+        "service.client",
+        "likewise",
+        "training.config",
+        "training.evaluate.config",
+    ],
 )
 def test_serving_and_help_do_not_load_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"

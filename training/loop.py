@@ -25,6 +25,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from export.bundle import EncoderSpec, RefusalError, RunManifest, write_file
+from export.edits import EDITS
 from export.preprocess import PreprocessSpec
 from training.cache import PictureCache
 from training.checkpoint import load_checkpoint, save_checkpoint, save_offending_step
@@ -32,7 +33,6 @@ from training.config import Hardware, Recipe, Train
 from training.device import free_bytes
 from training.distributed import agree, mean_over_ranks, rank, world_size
 from training.encoder import backbone_tensors, tensors_digest
-from training.evaluate.edits import EDITS
 from training.learner import Learner, NotFiniteError, Speed
 from training.loader import Batches
 from training.monitor import SAMPLE

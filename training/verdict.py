@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.bundle import Embeddings, Verdict
+from export.edits import EDITS
 from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError
 from training.encoder import VisionTransformer, class_features
-from training.evaluate.edits import EDITS
 from training.evaluate.label_free import compare, label_free_all
 from training.evaluate.metrics import Interval, bootstrap
 from training.evaluate.retrieval import Labels, retrieve

@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from export.preprocess import DecodeLimits, PreprocessSpec, UnreadablePictureError, find_pictures, preprocess
+from export.preprocess import (
+    DecodeLimits,
+    PreprocessSpec,
+    UnreadablePictureError,
+    find_pictures,
+    preprocess,
+    whole_picture,
+)
 from tests.conftest import encode, noise
 
 SPEC = PreprocessSpec(size=32)
@@ -199,3 +206,11 @@ def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch:
     unreadable: list[tuple[str, str]] = []
     assert [p.key for p in find_pictures(tmp_path, unreadable)] == ["open.png"]
     assert unreadable == [("closed", "the folder cannot be listed (Permission denied)")]
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (33, 33), (200, 7)])
+def test_a_whole_picture_is_not_padded(size: tuple[int, int]) -> None:
+    image = whole_picture(encode(Image.new("RGB", size, (0, 90, 0)), "PNG"), 50)
+    assert max(image.size) == 50
+    assert image.width / image.height == pytest.approx(size[0] / size[1], rel=0.15)
+    assert (np.asarray(image) == (0, 90, 0)).all()  # no white border

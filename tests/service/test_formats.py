@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from export.bundle import RefusalError
-from service.collection import COLLECTION_FORMAT, Collection
+from service.collection import Collection
 from service.filter import Filter
 from service.policy import IndexPolicy
+from service.reading import COLLECTION_FORMAT
 from tests.service.formats import small
 
 FORMATS = sorted(int(path.name.split(".")[0]) for path in small.HERE.glob("*.tar.gz"))

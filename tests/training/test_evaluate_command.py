@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from export.bundle import read_run
-from export.preprocess import preprocess
+from export.preprocess import preprocess, whole_picture
 from likewise import main
 from tests.shapes import write_shapes
 from training.evaluate import plots
@@ -28,7 +28,7 @@ from training.evaluate.config import Evaluate
 from training.evaluate.encoders import multi_scale, open_source
 from training.evaluate.features import extract
 from training.evaluate.metrics import Curve
-from training.evaluate.pictures import read_set, whole_picture
+from training.evaluate.pictures import read_set
 
 CPU = ["--threads", "1", "--device", "cpu", "--label-free-queries", "6"]
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from export.bundle import RefusalError
 from export.preprocess import Pixels, PreprocessSpec
-from tests.conftest import encode, noise
+from tests.conftest import noise
 from training.evaluate import features as module
 from training.evaluate.descriptors import BASELINES, color_histogram, difference_hash
 from training.evaluate.features import Extractor, extract
-from training.evaluate.pictures import Labels, read_pairs, read_set, whole_picture
+from training.evaluate.pictures import Labels, read_pairs, read_set
 
 SPEC = PreprocessSpec(size=16)
 
@@ -178,14 +178,6 @@ def test_a_row_that_fits_pictures_of_two_folders_is_refused_unless_paths_are_abs
     labels = Labels(path)
     assert {*labels.of(read_set("data", folder, []))} == {"a", None}
     assert {*labels.of(read_set("bank", bank, []))} == {"b", None}
-
-
-@pytest.mark.parametrize("size", [(40, 20), (20, 40), (33, 33), (200, 7)])
-def test_a_whole_picture_is_not_padded(size: tuple[int, int]) -> None:
-    image = whole_picture(encode(Image.new("RGB", size, (0, 90, 0)), "PNG"), 50)
-    assert max(image.size) == 50
-    assert image.width / image.height == pytest.approx(size[0] / size[1], rel=0.15)
-    assert (np.asarray(image) == (0, 90, 0)).all()  # no white border
 
 
 def test_descriptors_are_what_they_say() -> None:

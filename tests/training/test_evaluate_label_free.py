@@ -1,4 +1,4 @@
-"""The label-free score: edits, the score's ends, paired comparison."""
+"""The label-free score: the score's ends, paired comparison."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import pytest
 from PIL import Image
 
 from export.bundle import RefusalError
+from export.edits import EDITS, editing_side
 from export.preprocess import PreprocessSpec, preprocess
 from tests.conftest import encode, noise
 from tests.shapes import SHAPES, draw_shape
 from training.evaluate.descriptors import difference_hash, raw_pixels
-from training.evaluate.edits import EDITS
 from training.evaluate.label_free import (
     compare,
-    editing_side,
     label_free,
     label_free_all,
     neighbor_agreement,
@@ -34,32 +33,6 @@ def files() -> list[bytes]:
 
 def collapsed(pixels: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
     return np.tile(np.eye(1, 8, dtype=np.float32), (len(pixels), 1))
-
-
-@pytest.mark.parametrize("name", EDITS)
-def test_edits_change_the_picture_repeatably_and_keep_its_size(name: str) -> None:
-    image = noise(70, 50, seed=3)
-    before = image.tobytes()
-    edited = EDITS[name](image, np.random.default_rng(1))
-    assert image.tobytes() == before  # the argument is left alone
-    assert edited.mode == "RGB" and (edited.size == image.size or name == "jpeg")
-    assert edited.tobytes() == EDITS[name](image, np.random.default_rng(1)).tobytes()
-    drawn = {EDITS[name](image, np.random.default_rng(seed)).tobytes() for seed in range(8)}
-    assert len(drawn) > 1
-    difference = np.abs(np.asarray(edited.resize(image.size), float) - np.asarray(image, float)).mean()
-    assert difference > 2
-
-
-@pytest.mark.parametrize("size", [(4, 4), (9, 300), (300, 9), (64, 1), (1, 64)])
-@pytest.mark.parametrize("name", EDITS)
-def test_edits_take_thin_and_tiny_pictures(name: str, size: tuple[int, int]) -> None:
-    assert EDITS[name](Image.new("RGB", size, (10, 200, 30)), np.random.default_rng(0)).width > 0
-
-
-def test_perspective_moves_the_corners_inwards() -> None:
-    white = Image.new("RGB", (80, 60), (255, 255, 255))
-    edited = np.asarray(EDITS["perspective"](white, np.random.default_rng(0)))[..., 0]
-    assert edited[30, 40] == 255 and (edited == 128).mean() > 0.05
 
 
 def test_the_score_is_perfect_for_the_edit_that_does_nothing_and_zero_for_a_collapsed_encoder(

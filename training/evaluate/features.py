@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from export.bundle import Embeddings, RefusalError, make_folder, sha256_json, write_file
-from export.preprocess import PictureFile, Pixels, PreprocessSpec, UnreadablePictureError, preprocess
-from training.evaluate.pictures import PictureSet, digest, whole_picture
+from export.preprocess import PictureFile, Pixels, PreprocessSpec, UnreadablePictureError, preprocess, whole_picture
+from training.evaluate.pictures import PictureSet, digest
 
 SHARD = 1024
 FORMAT = "features/1"  # a change to any extractor's code is a new one

@@ -1,8 +1,8 @@
 """A score without labels: does an edited picture find its original among all pictures?
 
-The edits are those of edits.py, which training never makes. The answer is 1 for a picture that is found first; the score
-is the mean over pictures and edits. It ranks encoders on the user's own pictures; it says nothing about meaning, which
-only labels know.
+The edits are those of export/edits.py, which training never makes. The answer is 1 for a picture that is found first;
+the score is the mean over pictures and edits. It ranks encoders on the user's own pictures; it says nothing about
+meaning, which only labels know.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from export.bundle import Embeddings, RefusalError
-from export.preprocess import DecodeLimits, Pixels, PreprocessSpec, UnreadablePictureError, preprocess
-from training.evaluate.edits import EDITS, Edit
+from export.edits import EDITS, Edit, editing_side, prepared
+from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError, preprocess, whole_picture
 from training.evaluate.metrics import Interval, bootstrap
-from training.evaluate.pictures import whole_picture
 from training.evaluate.ranking import top_k
 from training.evaluate.retrieval import unit_rows
 
@@ -29,8 +28,6 @@ Picture = bytes | Image.Image
 
 QUERIES = 500
 BATCH = 64
-# An edit may leave less than the 4 px per side that a user's picture needs: a panorama is thin once it is shrunk.
-_EDITED = DecodeLimits(min_side=1)
 
 
 class LabelFree(NamedTuple):
@@ -94,12 +91,6 @@ def label_free(
     return label_free_all({"": embed}, pictures, spec, seed, queries, edits, galleries, side=side)[""]
 
 
-def editing_side(*sizes: int) -> int:
-    """Longer side, in pixels, at which pictures are edited for encoders of these input sizes: twice the largest one,
-    within 64 … 512, and never below it."""
-    return int(np.clip(2 * max(sizes), 64, max(512, *sizes)))
-
-
 def label_free_all(
     embeds: Mapping[str, Embed],
     pictures: Sequence[Picture],
@@ -145,7 +136,7 @@ def label_free_all(
             edited = []
             for row, original in zip(rows, originals, strict=True):
                 changed = edit(original, np.random.default_rng(_seed(seed, edit_name, int(row))))
-                edited.append(preprocess(_encoded(changed), spec, _EDITED).pixels)
+                edited.append(prepared(changed, spec))
             pixels = np.stack(edited)
             for name, embed in embeds.items():
                 found[name][number] = _ranks(unit_rows(embed(pixels)), galleries[name], np.asarray(places))

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from export.bundle import RefusalError, list_pictures, sha256_json
-from export.preprocess import PictureFile, PreprocessSpec, preprocess
+from export.preprocess import PictureFile
 
 
 class PictureSet(NamedTuple):
@@ -175,15 +174,3 @@ class LazyPictures(Sequence[bytes]):
         if isinstance(index, slice):
             return [p.read() for p in self._pictures[index]]
         return self._pictures[index].read()
-
-
-def whole_picture(data: bytes, longer_side: int) -> Image.Image:
-    """The whole picture, aspect kept, its longer side `longer_side` px: `export.preprocess` without its padding.
-
-    Raises `UnreadablePictureError`.
-    """
-    done = preprocess(data, PreprocessSpec(size=longer_side, fit="pad"))
-    scale = longer_side / max(done.width, done.height)
-    width, height = (min(longer_side, max(1, round(side * scale))) for side in (done.width, done.height))
-    left, top = (longer_side - width) // 2, (longer_side - height) // 2
-    return Image.fromarray(done.pixels[top : top + height, left : left + width])

@@ -8,12 +8,12 @@ from typing import Any, get_args
 import numpy as np
 
 from export.bundle import RefusalError
+from export.edits import EDITS, editing_side
 from training.evaluate import copies
 from training.evaluate.config import Task
-from training.evaluate.edits import EDITS
 from training.evaluate.encoders import multi_scale
 from training.evaluate.inputs import Inputs, Labelled, Numbers
-from training.evaluate.label_free import LabelFree, compare, editing_side, label_free_all, neighbor_agreement
+from training.evaluate.label_free import LabelFree, compare, label_free_all, neighbor_agreement
 from training.evaluate.linear import linear_probe
 from training.evaluate.pictures import LazyPictures, PictureSet, own_rows, read_pairs
 from training.evaluate.retrieval import knn_top1, retrieve

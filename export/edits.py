@@ -1,4 +1,7 @@
-"""Edits of a picture that training never makes, for the label-free score.
+"""Edits of a picture that training never makes: does an edited picture find its original?
+
+`likewise evaluate` asks an encoder (training/evaluate/label_free.py), `likewise index evaluate` a collection
+(service/self_retrieval.py).
 
 training/views.py crops, flips, rotates, jitters colours, greys, blurs and solarises. Nothing of that is here: an encoder
 must not be measured on the invariances that it was given.
@@ -12,6 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from export.preprocess import DecodeLimits, Pixels, PreprocessSpec, preprocess
 
 Edit = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -123,6 +128,21 @@ EDITS: dict[str, Edit] = {
 
 _GREY = (128, 128, 128)
 _FILTER = Image.Resampling.BICUBIC
+# An edit may leave less than the 4 px per side that a user's picture needs: a panorama is thin once it is shrunk.
+_THIN = DecodeLimits(min_side=1)
+
+
+def editing_side(*sizes: int) -> int:
+    """Longer side, in pixels, at which pictures are edited for encoders of these input sizes: twice the largest one,
+    within 64 … 512, and never below it, so that an encoder's resampling does not undo the edit."""
+    return int(np.clip(2 * max(sizes), 64, max(512, *sizes)))
+
+
+def prepared(edited: Image.Image, spec: PreprocessSpec) -> Pixels:
+    """An edited picture as an encoder sees it: as `preprocess` prepares a file written without loss."""
+    buffer = io.BytesIO()
+    edited.save(buffer, "BMP")
+    return preprocess(buffer.getvalue(), spec, _THIN).pixels
 
 
 def _homography(source: np.ndarray, target: np.ndarray) -> list[float]:
