@@ -362,7 +362,9 @@ def search_index(
         return _padded(*exact_among(vectors, rows, queries, k), k)
     if not effort.visits:
         return _search(index, queries, k, 0, live)
-    wanted = min(count, k * effort.rescore) if effort.rescore and vectors is not None else k
+    wanted = k
+    if effort.rescore and vectors is not None:
+        wanted = min(count, max(k, 10) * effort.rescore)
     most = _inner(index).nlist if is_ivf(index) else index.ntotal
     visits = max(effort.visits, _visits(index, wanted))
     if live is not None and count:

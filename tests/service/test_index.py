@@ -50,6 +50,8 @@ def test_every_factory_finds_keeps_to_its_recall_and_never_returns_what_is_maske
     scores, found = search_index(index, queries, 10, info.effort, None, vectors=vectors)
     hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact[:, :10].tolist(), found.tolist(), strict=True)])
     assert hits >= 0.85 and (np.diff(scores, axis=1) <= 0).all()
+    _, first = search_index(index, queries, 1, info.effort, None, vectors=vectors)
+    assert np.mean(first[:, 0] == exact[:, 0]) >= 0.9
 
     for share in (0.9, 0.5, 0.1, 0.003):
         flags = np.random.default_rng(3).random(COUNT) < share
