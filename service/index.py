@@ -6,6 +6,7 @@ call and never sets them on the index. Quantised indexes find candidates, and th
 
 from __future__ import annotations
 
+import functools
 import mmap
 import time
 from collections.abc import Iterator
@@ -84,6 +85,12 @@ class IndexInfo(Contract):
     """Every effort that was measured."""
     why: str = ""
     """Why this one."""
+    training_s: float = 0.0
+    """Seconds that training took, of every index that was tried."""
+    adding_s: float = 0.0
+    """Seconds that adding the rows took."""
+    tuning_s: float = 0.0
+    """Seconds that exact search and tuning took."""
 
     @property
     def effort(self) -> Effort:
@@ -154,15 +161,22 @@ def build_index(
     count, dim = vectors.shape
     tried: list[tuple[Any, IndexInfo]] = []
     queries, exact = None, None
+    took = [0.0, 0.0, 0.0]
     for factory in candidates(count, dim, policy, memory):
+        marks = [time.perf_counter()]
         index = _trained(factory, vectors, tried[-1][0] if tried else None)
+        marks.append(time.perf_counter())
         for block in blocks(vectors):
             index.add(block)
+        marks.append(time.perf_counter())
         if factory in _EXACT:
-            return index, IndexInfo(factory=factory, why=f"{count:,} rows are compared one by one")
+            why = f"{count:,} rows are compared one by one"
+            return index, IndexInfo(factory=factory, why=why, adding_s=round(marks[2] - marks[1], 3))
         if queries is None or exact is None:
             queries, exact = _held_out(vectors)
         tried.append((index, _tuned(index, factory, vectors, queries, exact, policy)))
+        marks.append(time.perf_counter())
+        took = [before + end - start for before, start, end in zip(took, marks[:-1], marks[1:], strict=True)]
         holding = [info for _, info in tried if not _missed(info, policy)]
         if holding and (len(tried) >= 2 or count > COMPARED_UP_TO):
             break
@@ -171,7 +185,8 @@ def build_index(
         key=lambda t: (len(_missed(t[1], policy)), max(policy.min_recall - t[1].recall_at_10, 0), t[1].latency_ms),
     )
     others = [other for _, other in tried if other is not info]
-    return index, info.model_copy(update={"why": _why(info, others, policy, memory, count, dim)})
+    seconds = dict(zip(("training_s", "adding_s", "tuning_s"), (round(each, 3) for each in took), strict=True))
+    return index, info.model_copy(update={"why": _why(info, others, policy, memory, count, dim), **seconds})
 
 
 def _missed(info: IndexInfo, policy: IndexPolicy) -> list[str]:
@@ -413,6 +428,13 @@ def _scores(vectors: Stored, queries: Embeddings, rows: Rows) -> Embeddings:
 
 def _best(scores: Embeddings, rows: Rows, k: int) -> tuple[Embeddings, Rows]:
     """The k best, best first. `rows`: [R] or [Q, R]."""
+    if len(scores) == 1:  # of one query: without the cost of general indexing
+        each, names = scores[0], rows if rows.ndim == 1 else rows[0]
+        if 0 < k < len(each):
+            chosen = np.argpartition(each, len(each) - k)[-k:]
+            each, names = each[chosen], names[chosen]
+        order = np.argsort(-each, kind="stable")[:k]
+        return each[order][None], names[order][None]
     if scores.shape[1] > k:
         chosen = np.argpartition(-scores, k - 1, axis=1)[:, :k] if k else np.zeros((len(scores), 0), np.int64)
         scores, rows = np.take_along_axis(scores, chosen, 1), _at(rows, chosen)
@@ -443,20 +465,32 @@ def _search(index: Any, queries: Embeddings, k: int, visits: int, live: Bitmap |
     # Of the calling thread alone. A few queries are over before a second thread has begun; and where every core is busy, a
     # region of two threads waits for the slower.
     faiss.omp_set_num_threads(_THREADS if len(queries) >= _BATCH else 1)
-    selector = None
-    if live is not None:
-        selector = faiss.IDSelectorBitmap(live)
-    # The parameter class must match the index: Flat ignores a selector in any other class, without an error.
-    if not visits:
+    kind = "exact" if not visits else "lists" if is_ivf(index) else "graph"
+    turned = isinstance(index, faiss.IndexPreTransform)
+    if live is None:
+        parameters = _parameters(kind, visits, turned)
+    else:
+        selector = faiss.IDSelectorBitmap(live)  # lives until the search is over
+        parameters = _made_parameters(kind, visits, turned, selector)
+    scores, rows = index.search(np.ascontiguousarray(queries, np.float32), k, params=parameters)
+    return scores, rows
+
+
+def _made_parameters(kind: str, visits: int, turned: bool, selector: Any) -> Any:
+    """Their class must match the index: a graph takes any, and then looks no further than it does by default."""
+    if kind == "exact":
         parameters = faiss.SearchParameters(sel=selector)
-    elif is_ivf(index):
+    elif kind == "lists":
         parameters = faiss.SearchParametersIVF(nprobe=visits, sel=selector)
     else:
         parameters = faiss.SearchParametersHNSW(efSearch=visits, sel=selector)
-    if isinstance(index, faiss.IndexPreTransform):
-        parameters = faiss.SearchParametersPreTransform(index_params=parameters)
-    scores, rows = index.search(np.ascontiguousarray(queries, np.float32), k, params=parameters)
-    return scores, rows
+    return faiss.SearchParametersPreTransform(index_params=parameters) if turned else parameters
+
+
+@functools.lru_cache(256)
+def _parameters(kind: str, visits: int, turned: bool) -> Any:
+    """Those without a selector, which any number of searches may share."""
+    return _made_parameters(kind, visits, turned, None)
 
 
 def write_index(index: Any, path: Path) -> None:
