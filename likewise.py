@@ -68,6 +68,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
     ("index", "snapshot"): ("service.index_command", "IndexSnapshot", "cpu,serve", "copy a collection, in use or not"),
     ("index", "restore"): ("service.index_command", "IndexRestore", "cpu,serve", "make a collection of a snapshot"),
     ("index", "add"): ("service.transfer", "IndexAdd", "cpu,serve", "add embeddings that were computed elsewhere"),
+    ("index", "merge"): ("service.merge", "IndexMerge", "cpu,serve", "make one collection of several"),
     ("index", "export"): ("service.transfer", "IndexExport", "cpu,serve", "write a collection as npy and Parquet"),
     ("index", "evaluate"): (
         "service.evaluate",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -61,6 +62,15 @@ def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
         found = find_pictures(asked.images, unread)  # none at all is an answer, too
     else:
         found = list_pictures(asked.images, unread)
+    if asked.shard is not None:
+        if following is not None:
+            raise RefusalError(
+                "a shard cannot follow a folder, of which it holds a part: sync without --shard, or build"
+            )
+        number, shards = map(int, asked.shard.split("/"))
+        if number > shards:
+            raise RefusalError(f"there is no shard {number} of {shards}: write i/n, with i from 1 to n")
+        found = [picture for picture in found if zlib.crc32(picture.key.encode()) % shards == number - 1]
     if not NAME.fullmatch(asked.out.name):
         raise RefusalError(f"{asked.out.name!r} cannot be a collection's name: {NAME_RULE}; choose another --out")
     bundle = Bundle.open(asked.bundle)

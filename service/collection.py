@@ -139,6 +139,11 @@ class Collection(Readable):
         with self._open():  # a merge was committed, and its segments are being exchanged
             return self._item(key)
 
+    def made(self, keys: Sequence[str]) -> dict[str, tuple[str, int | None, int | None, str | None]]:
+        """Origin of the vector, and size, time of change and digest of the file, of items by key."""
+        with self._open():
+            return self._records.made(keys)
+
     def files(self) -> dict[str, FileState]:
         """The file behind each key."""
         with self._open():
@@ -268,8 +273,8 @@ class Collection(Readable):
         self._add([row.key for row in rows], lambda: rows, batch)
 
     def add_table(self, rows: pa.Table, vectors: Stored, origin: str = "client") -> None:
-        """As `add_segment`, for very many rows: columns key, payload (JSON) and source_uri, and vectors [N, D] that may be
-        memory-mapped; they are read block by block, once."""
+        """As `add_segment`, for very many rows: columns key, payload (JSON) and source_uri, and where they are known origin,
+        file_size, file_mtime_ns and file_sha256; vectors [N, D] may be memory-mapped, they are read block by block, once."""
         if not len(rows):
             return
         if vectors.ndim != 2 or len(vectors) != len(rows):
@@ -278,14 +283,18 @@ class Collection(Readable):
                 "BAD_VECTOR", "vector",
             )  # fmt: skip
 
+        names = [name for name in NewRow._fields if name in rows.column_names]
+        made_by = Counter(rows["origin"].to_pylist()) if "origin" in names else {origin: len(rows)}
+
         def batch(ids: range, sequences: range) -> Batch:
             matrix = (unit_rows(block, self.dim, "vector") for block in blocks(vectors))
-            return batch_of_table(rows, ids, sequences, self.dim, matrix, {origin: len(rows)})
+            return batch_of_table(rows, ids, sequences, self.dim, matrix, made_by)
 
         def new() -> Iterator[NewRow]:
-            for part in rows.select(["key", "payload", "source_uri"]).to_batches(BLOCK):
-                for key, payload, uri in zip(*(column.to_pylist() for column in part.columns), strict=True):
-                    yield NewRow(key, payload, uri, origin)
+            common = NewRow("", origin=origin)
+            for part in rows.select(names).to_batches(BLOCK):
+                for values in zip(*(column.to_pylist() for column in part.columns), strict=True):
+                    yield common._replace(**dict(zip(names, values, strict=True)))
 
         self._add(rows["key"].to_pylist(), new, batch)
 

@@ -86,6 +86,9 @@ class IndexBuild(Embedding, Constraints):
     """Folder of pictures; subfolders are searched."""
     out: Path
     """The collection folder to write; its name is the collection's name."""
+    shard: str | None = Field(None, pattern=r"^[1-9]\d*/[1-9]\d*$")
+    """i/n: the i-th of n parts, by the hash of the key, so that n machines share a folder; `likewise index merge` joins what
+    they built."""
 
     def cli_cmd(self) -> int:
         """Run the command."""

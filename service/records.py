@@ -270,6 +270,17 @@ class Records(Reads):
         found: str = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         return None if found == "ok" else found
 
+    def made(self, keys: Sequence[str]) -> dict[str, tuple[str, int | None, int | None, str | None]]:
+        """Origin of the vector, and size, time of change and digest of the file, of the live rows with one of the keys."""
+        found = {}
+        for low in range(0, len(keys), 1000):
+            some = keys[low : low + 1000]
+            marks = ",".join("?" * len(some))
+            columns = "key, origin, file_size, file_mtime_ns, file_sha256"
+            asked = f"SELECT {columns} FROM items WHERE live = 1 AND key IN ({marks})"  # noqa: S608
+            found.update({key: (origin, *state) for key, origin, *state in self._db.execute(asked, some)})
+        return found
+
     def touch(self, files: Iterable[tuple[str, int]]) -> None:
         """New times of change (key, nanoseconds) of files whose bytes are the same. Inside a transaction."""
         rows = [(mtime, key) for key, mtime in files]

@@ -1,0 +1,82 @@
+"""`likewise index merge`: collections that several machines have built become one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pydantic_settings import CliPositionalArg
+from rich.console import Console
+
+from export.bundle import RefusalError
+from service.collection import Collection
+from service.config import Constraints
+from service.store import NAME, NAME_RULE
+
+
+class IndexMerge(Constraints):
+    """Make one collection of several of one space, such as those that `index build --shard` has built."""
+
+    collections: CliPositionalArg[list[Path]]
+    """The collection folders. Of items with the same key those of the last folder stay."""
+    out: Path
+    """The collection to write; what it holds already stays."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        merge(self)
+        return 0
+
+
+def merge(asked: IndexMerge) -> None:
+    """Copy every item, with what is known of its file. Raises `RefusalError`; what was copied before stays."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    if not NAME.fullmatch(asked.out.name):
+        raise RefusalError(f"{asked.out.name!r} cannot be a collection's name: {NAME_RULE}; choose another --out")
+    if asked.out.resolve() in {folder.resolve() for folder in asked.collections}:
+        raise RefusalError(f"{asked.out} is one of the collections to be merged: choose another --out")
+    target: Collection | None = None
+    try:
+        for folder in asked.collections:
+            source = Collection(folder, None if target is None else target.space_id)
+            try:
+                if target is None:
+                    there = (asked.out / "collection.json").is_file()
+                    policy = asked.policy(source.manifest.policy)
+                    target = (
+                        Collection(asked.out, source.space_id)
+                        if there
+                        else Collection.create(asked.out, source.space_id, source.dim, policy)
+                    )
+                _copy(source, target)
+            finally:
+                source.close()
+            console.print(f"{folder}: {asked.out} holds {len(target):,} items now")
+        assert target is not None
+        target.flush()
+        target.compact(everything=True)
+        for segment in target.segments():
+            console.print(
+                f"segment {segment.number:04d}: {segment.rows:,} rows, {segment.info.factory}: {segment.info.why}"
+            )
+    finally:
+        if target is not None:
+            target.close()
+
+
+def _copy(source: Collection, target: Collection) -> None:
+    """Segment by segment, as they were written."""
+    parts: list[tuple[pa.Table, np.ndarray]] = list(source.scan())
+    if not parts:
+        return
+    rows = pa.concat_tables(
+        [rows.select(["key", "payload", "source_uri"]) for rows, _ in parts], promote_options="permissive"
+    )
+    keys = rows["key"].to_pylist()
+    made = source.made(keys)
+    known = list(zip(*(made[key] for key in keys), strict=True))
+    kinds = {"origin": pa.string(), "file_size": pa.int64(), "file_mtime_ns": pa.int64(), "file_sha256": pa.string()}
+    for (name, kind), values in zip(kinds.items(), known, strict=True):
+        rows = rows.append_column(name, pa.array(values, kind))
+    target.add_table(rows, np.concatenate([vectors for _, vectors in parts]))
