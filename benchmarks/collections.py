@@ -29,6 +29,7 @@ from benchmarks.record import cpu_name, finish
 from export.bundle import Bundle, Embeddings, list_pictures
 from likewise import main as likewise
 from service.collection import Collection
+from service.index import gently
 from service.records import NewRow
 from tests.shapes import write_shapes
 
@@ -124,7 +125,7 @@ def writes(out: Path, rows: int) -> dict[str, float]:
     found["opening, seconds"] = time.perf_counter() - start
     queries = clustered(200, 7)
     idle = latencies(collection, queries, lambda n: n >= 400)
-    merger = threading.Thread(target=lambda: collection.compact(everything=True))
+    merger = threading.Thread(target=lambda: gently(lambda: collection.compact(everything=True)))
     start = time.perf_counter()
     merger.start()
     busy = latencies(collection, queries, lambda n: not merger.is_alive() and n >= 20)

@@ -11,8 +11,10 @@ import json
 import shutil
 import sys
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from service.records import MAX_KEY_BYTES, NewRow
 from service.store import NAME, NAME_RULE
 
 SHARD = 512
+Decoding = deque[Future[Decoded | UnreadablePictureError]]
 NOTE = 3  # format of a shard's note
 
 
@@ -181,12 +184,18 @@ def _fill(
     try:
         with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
             task = progress.add_task("", total=len(todo))
-            notes = []
-            for number, part in enumerate(parts):
-                notes.append(_shard(work, number, part, encoder))
-                progress.advance(task, len(part))
+            kept = [_noted(work, number, part, encoder) for number, part in enumerate(parts)]
+            left = [number for number, note in enumerate(kept) if note is None]
+            progress.advance(task, sum(len(part) for part, note in zip(parts, kept, strict=True) if note is not None))
+            ahead = _decoding(parts[left[0]] if left else [], encoder)
+            for number, following in zip_longest(left, left[1:]):
+                # The next shard is decoded while this one is embedded.
+                decoding, ahead = ahead, _decoding([] if following is None else parts[following], encoder)
+                kept[number] = _shard(work, number, parts[number], encoder, decoding)
+                progress.advance(task, len(parts[number]))
     finally:
         encoder.close()
+    notes = [note for note in kept if note is not None]  # all of them
     unreadable = [*unlisted, *((key, reason) for note in notes for key, reason, _ in note["unreadable"])]
     undecodable = [key for note in notes for key, _, was_read in note["unreadable"] if was_read]
     write_unreadable(asked.out / "unreadable.tsv", unreadable)
@@ -206,23 +215,42 @@ def _fill(
     return len(rows), len(unreadable), undecodable
 
 
-def _shard(work: Path, number: int, part: Sequence[PictureFile], encoder: Encoder) -> dict[str, Any]:
-    """Embed one shard, or take it as an earlier start left it; returns its note."""
-    vectors_file, note_file = work / f"{number:06d}.npy", work / f"{number:06d}.json"
-    listing = sha256_json([NOTE, encoder.space_id, encoder.origin, [(p.key, p.size, p.mtime_ns) for p in part]])
+def _files(work: Path, number: int) -> tuple[Path, Path]:
+    """A shard's vectors, and its note."""
+    return work / f"{number:06d}.npy", work / f"{number:06d}.json"
+
+
+def _listing(part: Sequence[PictureFile], encoder: Encoder) -> str:
+    """What a shard is made of."""
+    return sha256_json([NOTE, encoder.space_id, encoder.origin, [(p.key, p.size, p.mtime_ns) for p in part]])
+
+
+def _noted(work: Path, number: int, part: Sequence[PictureFile], encoder: Encoder) -> dict[str, Any] | None:
+    """The note of a shard as an earlier start left it; None where it is absent or of another listing."""
+    vectors_file, note_file = _files(work, number)
     try:
         note: dict[str, Any] = json.loads(note_file.read_bytes())
-        if note["listing"] == listing and note["sha256"] == sha256_file(vectors_file):
+        if note["listing"] == _listing(part, encoder) and note["sha256"] == sha256_file(vectors_file):
             return note
     except (OSError, ValueError, KeyError):
-        pass  # absent or of another listing: made now
+        pass
+    return None
+
+
+def _decoding(part: Sequence[PictureFile], encoder: Encoder) -> Decoding:
+    return deque(encoder.decoders.submit(_read, encoder, picture) for picture in part)
+
+
+def _shard(
+    work: Path, number: int, part: Sequence[PictureFile], encoder: Encoder,
+    decoding: Decoding,
+) -> dict[str, Any]:  # fmt: skip
+    """Embed one shard; returns its note."""
+    vectors_file, note_file = _files(work, number)
     rows, unreadable, pixels, animated = [], [], [], 0
-    futures: list[Future[Decoded | UnreadablePictureError]] = [
-        encoder.decoders.submit(_read, encoder, picture) for picture in part
-    ]
     vectors: list[Embeddings] = []
-    for picture, future in zip(part, futures, strict=True):
-        result = future.result()
+    for picture in part:
+        result = decoding.popleft().result()  # pixels go as soon as they are embedded
         if isinstance(result, UnreadablePictureError):
             unreadable.append((picture.key, str(result), not isinstance(result.__cause__, OSError)))
             continue
@@ -239,7 +267,7 @@ def _shard(work: Path, number: int, part: Sequence[PictureFile], encoder: Encode
         np.save(file, np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32))
     publish(temporary, vectors_file)
     note = {
-        "listing": listing, "sha256": sha256_file(vectors_file), "rows": rows, "unreadable": unreadable,
+        "listing": _listing(part, encoder), "sha256": sha256_file(vectors_file), "rows": rows, "unreadable": unreadable,
         "animated": animated,
     }  # fmt: skip
     write_file(note_file, json.dumps(note))

@@ -6,12 +6,16 @@ call and never sets them on the index. Quantised indexes find candidates, and th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
+import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import faiss as _faiss
 import numpy as np
@@ -44,6 +48,8 @@ _CONSTRUCTION = 100  # candidates per row while a graph is built; FAISS takes 40
 _SPREAD = 0.75
 _THREADS = faiss.omp_get_max_threads()
 _BATCH = 16
+_local = threading.local()
+T = TypeVar("T")
 
 
 class Effort(NamedTuple):
@@ -98,6 +104,23 @@ class IndexInfo(Contract):
         return Effort(self.visits, self.rescore)
 
 
+def gently(call: Callable[[], T]) -> T:
+    """Run what builds an index beside searches: in a thread of lower priority, with one thread of FAISS's."""
+    with ThreadPoolExecutor(1, "gentle", _be_gentle) as pool:
+        return pool.submit(call).result()
+
+
+def _be_gentle() -> None:
+    _local.threads = 1
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on Linux, of the thread
+
+
+def _threads() -> int:
+    """FAISS's threads for a call of this thread."""
+    return int(getattr(_local, "threads", _THREADS))
+
+
 def candidates(count: int, dim: int, policy: IndexPolicy, memory: float | None) -> list[str]:
     """Factory strings for `count` rows of `dim`, in the order to try them: of those that `memory` bytes hold; where none
     fits, the smallest alone."""
@@ -117,9 +140,9 @@ def candidates(count: int, dim: int, policy: IndexPolicy, memory: float | None) 
 
 
 def lists_for(count: int) -> int:
-    """Inverted lists for so many rows: 2 √N, between 16 and one per 39 rows, the least that FAISS trains without a
-    warning."""
-    return max(1, min(max(16, int(2 * count**0.5)), count // 39))
+    """Inverted lists for so many rows: 2 √N up to 1,000, then √N, as finding the list of each row takes longest then; at
+    least 16, and at most one per 39 rows, the least that FAISS trains without a warning."""
+    return max(1, min(max(16, min(int(2 * count**0.5), max(1000, int(count**0.5)))), count // 39))
 
 
 def training_rows(lists: int, count: int) -> int:
@@ -156,7 +179,7 @@ def build_index(
     `memory`: bytes that it may take. `vectors` may be memory-mapped: they are read in blocks. Raises `RefusalError` on a
     factory string that FAISS does not know.
     """
-    faiss.omp_set_num_threads(_THREADS)
+    faiss.omp_set_num_threads(_threads())
     policy = policy or IndexPolicy()
     count, dim = vectors.shape
     tried: list[tuple[Any, IndexInfo]] = []
@@ -260,7 +283,7 @@ def _trained(factory: str, vectors: Stored, like: Any = None) -> Any:
                 index.train_q1(len(rows), faiss.swig_ptr(rows), False, index.metric_type)
             faiss.omp_set_num_threads(1)  # the rest is thousands of short steps, each too short for a second thread
         index.train(rows)
-        faiss.omp_set_num_threads(_THREADS)
+        faiss.omp_set_num_threads(_threads())
     return index
 
 
@@ -296,6 +319,8 @@ def _tuned(
     index: Any, factory: str, vectors: Stored, queries: Embeddings, exact: Rows, policy: IndexPolicy
 ) -> IndexInfo:
     """Raise the effort until the recall is reached; where stored vectors decide, for several numbers of candidates."""
+    # A little more than is asked: real queries may be harder than those here.
+    target = policy.min_recall + 0.2 * (1 - policy.min_recall)
     decided = factory.endswith(("Flat", "SQfp16")) or factory.startswith("HNSW")
     curve: list[CurvePoint] = []
     for rescore in (0,) if decided else (4, 10, 20, 40):
@@ -309,9 +334,11 @@ def _tuned(
                 CurvePoint(visits=visits, rescore=rescore, recall_at_10=round(reached[-1], 4), ms=round(ms, 4))
             )
             # Twice the visits for next to nothing: what is missing was lost to the quantiser.
-            if reached[-1] >= policy.min_recall or (len(reached) > 4 and reached[-1] - reached[-3] < 0.002):
+            if reached[-1] >= target or (len(reached) > 4 and reached[-1] - reached[-3] < 0.002):
                 break
-    holding = [point for point in curve if point.recall_at_10 >= policy.min_recall]
+    holding = [point for point in curve if point.recall_at_10 >= target]
+    if not holding:
+        holding = [point for point in curve if point.recall_at_10 >= policy.min_recall]
     best = min(holding, key=lambda p: p.ms) if holding else max(curve, key=lambda p: p.recall_at_10)
     effort = Effort(best.visits, best.rescore)
     times = []
@@ -464,7 +491,7 @@ def _padded(scores: Embeddings, rows: Rows, k: int) -> tuple[Embeddings, Rows]:
 def _search(index: Any, queries: Embeddings, k: int, visits: int, live: Bitmap | None) -> tuple[Embeddings, Rows]:
     # Of the calling thread alone. A few queries are over before a second thread has begun; and where every core is busy, a
     # region of two threads waits for the slower.
-    faiss.omp_set_num_threads(_THREADS if len(queries) >= _BATCH else 1)
+    faiss.omp_set_num_threads(_threads() if len(queries) >= _BATCH else 1)
     kind = "exact" if not visits else "lists" if is_ivf(index) else "graph"
     turned = isinstance(index, faiss.IndexPreTransform)
     if live is None:

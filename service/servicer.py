@@ -25,6 +25,7 @@ from service.batching import Batcher, Embedded
 from service.collection import Collection, check_key
 from service.encoder import Encoder
 from service.errors import InternalError, InvalidArgumentError, PreconditionError, ServiceError, unreadable
+from service.index import gently
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
@@ -119,7 +120,7 @@ class Engine:
             ("merge", collection.merge_due, collection.compact),
         ):
             if due and name not in self._upkeep:
-                task = asyncio.create_task(self.write(call))
+                task = asyncio.create_task(self.write(gently, call))
                 self._upkeep[name] = task
                 task.add_done_callback(functools.partial(self._maintained, name, collection))
 

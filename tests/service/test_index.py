@@ -98,7 +98,7 @@ def test_the_choice_follows_the_constraints() -> None:
             fitting = [factory for factory in ladder if sizes[factory] <= allowed]
             assert candidates(million, 384, policy, allowed) == (fitting or [min(sizes, key=sizes.__getitem__)])
     assert candidates(1000, 384, auto, 10_000)[0].startswith("IVF")  # exact search would not fit
-    assert lists_for(1) == 1 and lists_for(million) == 2000
+    assert (lists_for(1), lists_for(200_000), lists_for(million), lists_for(4 * million)) == (1, 894, 1000, 2000)
 
 
 @pytest.mark.parametrize(
