@@ -137,6 +137,10 @@ def _run(words: tuple[str, ...], arguments: list[str]) -> int:
         where = printable(os.fsdecode(e.filename)) if isinstance(e.filename, (str, bytes)) else "the disk"
         said = e.strerror or type(e).__name__
         print(f"likewise: {where}: {said}; check the path, its permissions and the free space", file=sys.stderr)
+    except Exception as e:
+        if not getattr(e, "is_refusal", False):  # what the API refuses is one sentence, too
+            raise
+        print(f"likewise: {printable(str(e))}", file=sys.stderr)
     return 1
 
 

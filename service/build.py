@@ -80,6 +80,11 @@ def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
     dry = following is not None and following.dry_run
     if there:
         collection = Collection(asked.out, bundle.space_id)
+        try:
+            asked.check(collection.manifest.policy, asked.out)
+        except RefusalError:
+            collection.close()
+            raise
     elif dry:
         console.print(f"{len(found):,} pictures to embed into a new collection; nothing was done (--dry-run)")
         return

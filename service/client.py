@@ -162,9 +162,10 @@ class Client:
             raise CallError(
                 "several of image, vector, key and examples were given: give one", "INVALID_ARGUMENT", "BAD_REQUEST"
             )
-        if top_k > MAX_NEIGHBORS:
+        limit = PAGE if group_by else MAX_NEIGHBORS
+        if top_k > limit:
             raise CallError(
-                f"top_k is {top_k}, 1 to {MAX_NEIGHBORS} are allowed: ask for fewer", "INVALID_ARGUMENT", "BAD_TOP_K"
+                f"top_k is {top_k}, 1 to {limit} are allowed: ask for fewer", "INVALID_ARGUMENT", "BAD_TOP_K"
             )
         with _as_call_error():
             query = pb.Query(

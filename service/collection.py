@@ -30,10 +30,10 @@ from typing import IO, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from export.bundle import Embeddings, RefusalError, make_folder, write_file
-from service.errors import DataLossError, InvalidArgumentError
+from export.bundle import Embeddings, RefusalError, make_folder, printable, write_file
+from service.errors import DataLossError, InternalError, InvalidArgumentError
 from service.fresh import Fresh
-from service.index import BLOCK, Stored, blocks
+from service.index import BLOCK, Stored, blocks, check_factory
 from service.policy import IndexPolicy
 from service.reading import COLLECTION_FORMAT, CollectionManifest, Readable, StoredItem, read_manifest, unit_rows
 from service.records import MAX_KEY_BYTES, ClosedError, FileState, NewRow, Reader, Records
@@ -44,6 +44,7 @@ from service.view import Part, View
 FRESH_LIMIT = 10_000
 # Upserts that wait for each other are committed together, up to about so many rows.
 GROUP = 4096
+MAX_NESTED = 64
 # Segments are merged when so many are of about one size, or when such a share of one's rows is dead.
 TIER = 4
 DEAD_SHARE = 0.2
@@ -118,10 +119,18 @@ class Collection(Readable):
             raise RefusalError(f"{folder} is a file: choose another folder")
         if folder.is_dir() and any(p.name not in own and not p.name.endswith(".tmp") for p in folder.iterdir()):
             raise RefusalError(f"{folder} exists and is not a collection: choose another folder")
+        policy = policy or IndexPolicy()
+        check_factory(policy, dim)
         make_folder(folder)
-        Records(folder / "records.sqlite").close()
+        records = Records(folder / "records.sqlite", create=True)
+        used = records.counter("id")
+        records.close()
+        if used:
+            raise RefusalError(
+                f"{folder} holds {used:,} records and no collection.json: restore it from a backup, or choose another folder"
+            )
         now = datetime.now(UTC).replace(microsecond=0)
-        manifest = CollectionManifest(space_id=space_id, dim=dim, created=now, policy=policy or IndexPolicy())
+        manifest = CollectionManifest(space_id=space_id, dim=dim, created=now, policy=policy)
         write_file(folder / "collection.json", manifest.sealed().model_dump_json(indent=2))
         return cls(folder)
 
@@ -161,7 +170,7 @@ class Collection(Readable):
             check_payload(row.payload, f"items[{i}].payload")
         if not rows:
             return []
-        write = _Write(rows, unit_rows(vectors, self.dim, "items.vector"))
+        write = _Write(rows, self._one_each(rows, vectors, "items.vector"))
         self._waiting.append(write)
         with self._write_lock:
             if not write.done:  # else a writer before this one has committed it with its own
@@ -169,6 +178,15 @@ class Collection(Readable):
         if write.error is not None:
             raise write.error
         return write.sequences
+
+    def _one_each(self, rows: Sequence[NewRow], vectors: Embeddings, path: str) -> Embeddings:
+        """A unit vector [N, D] for each row. Raises `InvalidArgumentError`."""
+        vectors = unit_rows(vectors, self.dim, path)
+        if len(vectors) != len(rows):
+            raise InvalidArgumentError(
+                f"there are {len(rows):,} rows and {len(vectors):,} vectors: give one for each", "BAD_VECTOR", path
+            )
+        return vectors
 
     def move(self, moves: Sequence[tuple[str, NewRow]]) -> None:
         """Give items (old key, new row) other keys; vectors and their origins stay. Durable and visible on return.
@@ -192,19 +210,31 @@ class Collection(Readable):
         if mine not in writes:  # there were so many
             self._waiting.remove(mine)
             writes.append(mine)
-        try:
-            if self._closed:
-                raise self._gone()
-            rows = [row for write in writes for row in write.rows]
-            sequences = self._write(rows, np.concatenate([write.vectors for write in writes]), [])
-            for write in writes:
-                write.sequences, sequences = sequences[: len(write.rows)], sequences[len(write.rows) :]
-        except Exception as e:
-            for write in writes:
-                write.error = e
-        finally:
-            for write in writes:
-                write.done = True
+        groups = [writes]
+        while groups:
+            group = groups.pop()
+            try:
+                if self._closed:
+                    raise self._gone()
+                rows = [row for write in group for row in write.rows]
+                sequences = self._write(rows, np.concatenate([write.vectors for write in group]), [])
+            except Exception as e:
+                if len(group) > 1:  # one of them spoils it: each alone
+                    groups += [[write] for write in reversed(group)]
+                else:
+                    group[0].error, group[0].done = e, True
+            except BaseException:  # an interrupt of this thread: nothing of what waits was written
+                for write in writes:
+                    if not write.done:
+                        write.error, write.done = self._interrupted(), True
+                raise
+            else:
+                for write in group:
+                    write.sequences, sequences = sequences[: len(write.rows)], sequences[len(write.rows) :]
+                    write.done = True
+
+    def _interrupted(self) -> InternalError:
+        return InternalError(f"the write to {self.name!r} was interrupted before it was stored: send it again")
 
     def _item(self, key: str) -> StoredItem:
         """A live item, under the write lock. Raises `NotFoundError`."""
@@ -227,8 +257,9 @@ class Collection(Readable):
         stored = [
             StoredRow(i, row.key, row.payload, row.source_uri, s) for i, s, row in zip(ids, sequences, new, strict=True)
         ]
-        self._sequence = first + len(rows) - 1
-        self._publish_writes(dict(places.values()), stored, vectors[kept], [row.origin for row in new])
+        self._publish_writes(
+            first + len(rows) - 1, dict(places.values()), stored, vectors[kept], [row.origin for row in new]
+        )
         return list(range(first, first + len(rows)))
 
     @staticmethod
@@ -248,8 +279,7 @@ class Collection(Readable):
                 with self._records.transaction():
                     first = self._records.take("sequence", len(there))
                     self._records.bury((first + i, places[key][0]) for i, key in enumerate(there))
-                self._sequence = first + len(there) - 1
-                self._publish_writes(dict(places.values()), [], np.zeros((0, self.dim), np.float32), [])
+                self._publish_writes(first + len(there) - 1, dict(places.values()), [], self._no_vectors(), [])
         return [key for key in keys if key not in places]
 
     def touch(self, files: Iterable[tuple[str, int]]) -> None:
@@ -261,7 +291,7 @@ class Collection(Readable):
         """Insert or replace many rows at once, as a segment of their own. Durable and visible on return."""
         if not rows:
             return
-        vectors = unit_rows(vectors, self.dim, "vector")
+        vectors = self._one_each(rows, vectors, "vector")
 
         def batch(ids: range, sequences: range) -> Batch:
             stored = [
@@ -310,23 +340,24 @@ class Collection(Readable):
                 f"the key {twice!r} comes more than once: give each item its own", "BAD_KEY", "key"
             )
         with self._merge_lock, self._flush_lock, self._open():
-            with self._records.transaction():  # numbers first: they are in the segment's file
+            with self._records.transaction():  # numbers first: they are in the segment's files
                 number = self._records.take("segment")
                 first_id = self._records.take("id", len(keys))
-                first = self._records.take("sequence", len(keys))
+            # Nobody else takes sequence numbers meanwhile; they are taken with the commit, so that all up to one are there.
+            first = self._records.counter("sequence") + 1
             ids, sequences = range(first_id, first_id + len(keys)), range(first, first + len(keys))
-            segment = self._segment(number, batch(ids, sequences))
-            with self._unless_committed(number), self._records.transaction():
-                places = self._records.places(keys) if self._count else {}
-                at = {key: i for i, key in enumerate(keys) if key in places} if places else {}
-                self._records.bury(self._burials(places, at, first))
-                self._records.insert(rows(), ids, sequences, number, None)
-                self._records.adopt(number)
+            with self._unless_committed(number):
+                segment = self._segment(number, batch(ids, sequences))
+                with self._records.transaction():
+                    self._records.take("sequence", len(keys))
+                    places = self._records.places(keys) if self._count else {}
+                    at = {key: i for i, key in enumerate(keys) if key in places} if places else {}
+                    self._records.bury(self._burials(places, at, first))
+                    self._records.insert(rows(), ids, sequences, number, None)
+                    self._records.adopt(number)
             # From here on nothing can fail: memory follows the disk.
-            self._sequence = sequences[-1]
-            self._publish_writes(dict(places.values()), [], np.zeros((0, self.dim), np.float32), [])
-            self._view = replace(self._view, parts=(*self._view.parts, Part(number, segment)))
-            self._count += len(keys)
+            dead = dict(places.values())
+            self._publish_writes(sequences[-1], dead, [], self._no_vectors(), [], Part(number, segment))
 
     def flush(self) -> None:
         """Move the fresh rows into a segment. Searches and writes go on meanwhile."""
@@ -342,8 +373,9 @@ class Collection(Readable):
             at = fresh.positions()
             rows = [fresh.rows[i] for i in at.tolist()]
             made_by = Counter(fresh.origins[i] for i in at.tolist())
-            segment = self._segment(number, batch_of(rows, fresh.buffer[at], made_by))
             moved = [row.id for row in rows]
+            with self._unless_committed(number):
+                segment = self._segment(number, batch_of(rows, fresh.buffer[at], made_by))
             with self._unless_committed(number), self._open():
                 with self._records.transaction():
                     self._records.adopt(number, moved)
@@ -384,6 +416,7 @@ class Collection(Readable):
     def keep_to(self, policy: IndexPolicy) -> None:
         """Change what the indexes keep to, and build them again, as one segment in the present format. Raises
         `RefusalError` on a factory string that cannot be used; then the old policy stays."""
+        check_factory(policy, self.dim)
         with self._merge_lock:
             before = self.manifest
             self.manifest = before.model_copy(update={"policy": policy, "format_version": COLLECTION_FORMAT})
@@ -437,7 +470,7 @@ class Collection(Readable):
                     kept.append(merged.without([segment.position(i) for i in died]) if died else merged)
                 self._view = replace(self._view, parts=tuple(kept))
             for gone in numbers:  # readers that still search them have their files mapped
-                shutil.rmtree(self._segment_folder(gone))
+                self._remove(self._segment_folder(gone))
             return len(old)
 
     def verify(self) -> None:
@@ -491,8 +524,11 @@ class Collection(Readable):
 
     # --- inside -------------------------------------------------------------------------------------------------
 
+    def _no_vectors(self) -> Embeddings:
+        return np.zeros((0, self.dim), np.float32)
+
     def _no_rows(self) -> Fresh:
-        return Fresh.of([], np.zeros((0, self.dim), np.float32), [])
+        return Fresh.of([], self._no_vectors(), [])
 
     def _segment(self, number: int, batch: Batch) -> Segment:
         """Write a segment; of the memory that the indexes may take it gets its share."""
@@ -501,38 +537,64 @@ class Collection(Readable):
         return write_segment(self._segment_folder(number), batch, self.manifest.policy, memory)
 
     def _publish_writes(
-        self, dead: dict[int, int | None], rows: list[StoredRow], vectors: Embeddings, origins: list[str]
-    ) -> None:
-        """Replace the view after a commit: rows `dead` (id → segment) go, `rows` come."""
+        self, sequence: int, dead: dict[int, int | None], rows: list[StoredRow], vectors: Embeddings,
+        origins: list[str], new: Part | None = None,
+    ) -> None:  # fmt: skip
+        """Replace the view after a commit, in one step: rows `dead` (id → segment) go, `rows` or a `new` segment come."""
         view = self._view
         parts = []
         for part in view.parts:
             gone = [part.segment.position(i) for i, segment in dead.items() if segment == part.number]
             parts.append(part.without(gone) if gone else part)
         fresh = view.fresh.without(i for i, segment in dead.items() if segment is None)
-        self._view = View(tuple(parts), fresh.extended(rows, vectors, origins) if rows else fresh)
-        self._count += len(rows) - len(dead)
+        self._view = View(
+            (*parts, *([] if new is None else [new])), fresh.extended(rows, vectors, origins) if rows else fresh
+        )
+        self._count += len(rows) + (0 if new is None else new.count) - len(dead)
+        self._sequence = sequence
 
     def _give_up(self) -> None:
         """Forget the segments that cannot be read; what is left of their folders goes to damaged/."""
         for number in self._records.segments():
             try:
                 self._opened(number, self._records, full=True)
-            except RefusalError:
-                aside = self.folder / "damaged" / f"{number:04d}"
-                with self._records.transaction():
-                    self.lost += [LostItem(*row) for row in self._records.lose(number)]
+            except (RefusalError, OSError):  # OSError: bad sectors
+                lost = [LostItem(*row) for row in self._records.alive(number)]
+                # First what can be done again: the list, and the folder aside.
+                with (self.folder / "lost.tsv").open("a") as file:
+                    file.write("".join(f"{printable(key)}\t{printable(uri)}\n" for key, uri in lost))
                 if self._segment_folder(number).exists():
-                    make_folder(aside.parent)
+                    make_folder(self.folder / "damaged")
+                    aside = self.folder / "damaged" / f"{number:04d}"
                     shutil.rmtree(aside, ignore_errors=True)
                     self._segment_folder(number).rename(aside)
+                with self._records.transaction():
+                    self._records.lose(number)
+                self.lost += lost
+
+    def _remove(self, folder: Path) -> None:
+        """Remove a segment's folder, which others see whole or not at all."""
+        gone = folder.with_name(f".{folder.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
     def _remove_orphans(self) -> None:
-        """Segments that were written but never committed: a kill came between."""
-        committed = {f"{number:04d}" for number in self._records.segments()}
-        for folder in (self.folder / "segments").glob("*"):
-            if folder.name not in committed:
-                shutil.rmtree(folder)
+        """Segments that were written but never committed: a kill came between. Raises `RefusalError` where a segment has a
+        number that the records have never given: they are older than it."""
+        committed, last = set(self._records.segments()), self._records.counter("segment")
+        folders = list((self.folder / "segments").glob("*"))
+        for folder in folders:
+            if folder.name.isdigit() and int(folder.name) > last:
+                raise RefusalError(
+                    f"{folder} is newer than {self.folder / 'records.sqlite'}, which has lost writes (was it copied without "
+                    "records.sqlite-wal?): restore the collection from a snapshot; nothing was removed"
+                )
+        for folder in folders:
+            if not folder.name.isdigit():
+                shutil.rmtree(folder)  # half written, or half removed
+            elif int(folder.name) not in committed:
+                self._remove(folder)
 
 
 def worth_merging(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -552,7 +614,10 @@ def worth_merging(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 def check_key(key: str, field: str) -> None:
     """Raises `InvalidArgumentError` for keys that cannot be stored."""
-    size = len(key.encode("utf-8", "replace"))
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise InvalidArgumentError(f"the key {key!r} is no Unicode text: send UTF-8", "BAD_KEY", field) from None
     if not 1 <= size <= MAX_KEY_BYTES:
         raise InvalidArgumentError(
             f"the key has {size} bytes of UTF-8, 1 to {MAX_KEY_BYTES} are allowed: shorten it", "BAD_KEY", field
@@ -560,13 +625,30 @@ def check_key(key: str, field: str) -> None:
 
 
 def check_payload(payload: str, field: str) -> None:
-    """Raises `InvalidArgumentError` for payloads that are no JSON object."""
+    """Raises `InvalidArgumentError` for payloads that are no JSON object, or one that cannot be stored."""
     try:
-        sound = isinstance(json.loads(payload), dict)
+        value = json.loads(payload)
+        sound = isinstance(value, dict)
+        if not payload.isascii() or "\\" in payload or "N" in payload or "I" in payload:
+            # Halves of surrogate pairs, NaN and Infinity are no JSON, though Python reads them.
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        if payload.count("{") + payload.count("[") > MAX_NESTED:
+            _depth(value, MAX_NESTED)
     except (ValueError, RecursionError):
         sound = False
     if not sound:
-        raise InvalidArgumentError(f"the payload {payload[:40]!r} is no JSON object: send one", "BAD_PAYLOAD", field)
+        raise InvalidArgumentError(
+            f"the payload {payload[:40]!r} is no JSON object, or nested more than {MAX_NESTED} deep: send one",
+            "BAD_PAYLOAD", field,
+        )  # fmt: skip
+
+
+def _depth(value: object, left: int) -> None:
+    """Raises `ValueError` where a JSON value is nested deeper than that."""
+    if not left:
+        raise ValueError
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _depth(each, left - 1)
 
 
 def _lock(folder: Path) -> IO[str]:

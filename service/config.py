@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from export.bundle import RefusalError
 from export.preprocess import DecodeLimits
 from service.policy import IndexPolicy
 
@@ -49,7 +50,7 @@ class Constraints(BaseModel):
     """Most memory of the indexes, such as 800M or 4G."""
     min_recall: float | None = Field(None, gt=0, le=1)
     """Recall@10 against exact search that a search has to reach (0.95 for a new collection)."""
-    max_latency: float | None = Field(None, gt=0)
+    max_latency: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Most milliseconds of one query in one segment."""
     stored: Literal["float32", "float16"] | None = None
     """How vectors are stored; float16 takes half the disk and moves scores by up to 0.001."""
@@ -68,15 +69,24 @@ class Constraints(BaseModel):
             "max_memory": None if self.max_memory is None else bytes_in(self.max_memory),
         }  # fmt: skip
         changed = {name: value for name, value in given.items() if value is not None}
-        return (before or IndexPolicy()).model_copy(update=changed)
+        return IndexPolicy.model_validate({**(before or IndexPolicy()).model_dump(), **changed})
+
+    def check(self, kept: IndexPolicy, collection: Path) -> None:
+        """Raises `RefusalError` where other constraints are given than a collection keeps to."""
+        if self.policy(kept) != kept:
+            raise RefusalError(
+                f"{collection} keeps to other constraints ({kept.model_dump(exclude_none=True)}): change them with "
+                "`likewise index compact`, then go on"
+            )
 
 
 def bytes_in(size: str) -> int:
     """800M, 4G, 1.5GiB or plain bytes as a number. Raises `ValueError`."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", size, re.IGNORECASE)
-    if not found or float(found[1]) == 0:
+    amount = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if not amount:
         raise ValueError(f"{size!r} is no size: write one such as 800M or 4G")
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+    return amount
 
 
 class IndexBuild(Embedding, Constraints):

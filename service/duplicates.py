@@ -25,6 +25,7 @@ from service.fresh import Fresh
 from service.index import EXACT_AMONG, Bitmap, Rows
 from service.live import Live
 from service.segment import Segment
+from service.view import TOLERANCE
 
 # Rows that search at a time, and rows that they are compared with at a time: 8 MiB of scores.
 QUERIES = 1024
@@ -38,7 +39,6 @@ CANDIDATES = 2**21
 # Rows whose keys and vectors are read at a time.
 BATCH = 4096
 # Vectors are of length 1 up to 1e-6, in float32: equal ones may score 0.999998.
-TOLERANCE = 2e-6
 # An index that decides by itself may miss a score by so much; the stored vectors are asked about those near the limit.
 MARGIN = 0.01
 # One comparison through inverted lists takes as long as so many in a matrix product.

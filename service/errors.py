@@ -33,6 +33,7 @@ DOMAIN = "likewise"
 class ServiceError(Exception):
     """Base of everything that the API answers with."""
 
+    is_refusal = True
     code: int = Code.INTERNAL
     default_reason = "INTERNAL"
     retry_seconds: float | None = None

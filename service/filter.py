@@ -48,6 +48,7 @@ from service.payload import Fields, Path, columns_of
 MAX_BYTES = 64 * 1024
 MAX_TERMS = 1000
 MAX_DEPTH = 64
+MAX_NAMES = 32
 # Rows whose payloads are parsed at a time, where a field has no columns.
 _BATCH = 65_536
 
@@ -246,6 +247,8 @@ class _Parser:
             self._at += 1
             path.append(self._name(path[-1]))
         self._skip()
+        if len(path) > MAX_NAMES:
+            self._refuse(f"the field has {len(path)} names, at most {MAX_NAMES} are allowed", start)
         if path[0] not in _ATTRIBUTES:
             return tuple(path) if path[0] == "payload" else ("payload", *path)
         if len(path) > 1:
@@ -557,3 +560,14 @@ def _one_chunk(column: Any) -> Any:
     if isinstance(column, pa.ChunkedArray):
         return column.chunk(0) if column.num_chunks == 1 else column.unify_dictionaries().combine_chunks()
     return column
+
+
+def payload_path(field: str) -> tuple[str, ...] | None:
+    """A payload field, named as in filters, as a path; None where it is none."""
+    try:
+        root = Filter.parse(f"{field}:*").root
+    except InvalidArgumentError:
+        return None
+    if not isinstance(root, Restriction) or root.values or root.member[0] != "payload" or len(root.member) < 2:
+        return None
+    return root.member[1:]

@@ -24,6 +24,7 @@ class Follower(Readable):
         """Open, and look for commits `every` so many seconds (None: when `refresh` is called). Raises `RefusalError`."""
         self.folder = folder
         self.manifest = read_manifest(folder, space_id)
+        self._opened_inode = self._inode()
         self._reader = Reader(folder / "records.sqlite")
         self._refreshing = threading.Lock()
         self._stop = threading.Event()
@@ -46,6 +47,8 @@ class Follower(Readable):
         """See what was committed up to now; whether that was anything. Raises `RefusalError` on damage."""
         with self._refreshing:
             now = time.monotonic()
+            if self._inode() != self._opened_inode:
+                raise RefusalError(f"{self.folder} was deleted, or made anew: open it again")
             version = self._reader.version()
             if version == self._seen:
                 self.looked = now
@@ -84,10 +87,19 @@ class Follower(Readable):
             self._thread.join()
         self._reader.close()
 
+    def _inode(self) -> tuple[int, int] | None:
+        try:
+            status = (self.folder / "records.sqlite").stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
     def _follow(self, every: float) -> None:
         while not self._stop.wait(every):
             try:
                 self.refresh()
                 self.problem = None
-            except (RefusalError, OSError) as e:
-                self.problem = str(e)
+            except ClosedError:
+                return
+            except Exception as e:  # whatever it is, the view before stays, and it looks again
+                self.problem = f"{type(e).__name__}: {e}"

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import mmap
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ Bitmap = npt.NDArray[np.uint8]
 Stored = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 """Vectors as they lie in a file, [N, D]."""
 
+# So few rows are never worth an index, whatever is asked.
+ALWAYS_EXACT = 1000
 # Below this many rows exact search takes milliseconds, and nothing has to be tuned.
 EXACT_UP_TO = 20_000
 # Where so few rows may be found, their vectors are compared one by one.
@@ -44,7 +47,7 @@ _TUNING_QUERIES = 256
 _TIMED_QUERIES = 64
 _POINTS_PER_LIST = 64
 _CONSTRUCTION = 100  # candidates per row while a graph is built; FAISS takes 40, hnswlib 200
-# The neighbours among a share s of the rows lie in about s^-0.75 times as many lists.
+# The neighbours among a share s of the rows lie in about s^-0.75 times as many lists; so do ten / s neighbours.
 _SPREAD = 0.75
 _THREADS = faiss.omp_get_max_threads()
 _BATCH = 16
@@ -113,7 +116,7 @@ def gently(call: Callable[[], T]) -> T:
 def _be_gentle() -> None:
     _local.threads = 1
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on Linux, of the thread
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # on Linux, of the thread
 
 
 def _threads() -> int:
@@ -124,10 +127,12 @@ def _threads() -> int:
 def candidates(count: int, dim: int, policy: IndexPolicy, memory: float | None) -> list[str]:
     """Factory strings for `count` rows of `dim`, in the order to try them: of those that `memory` bytes hold; where none
     fits, the smallest alone."""
-    if policy.index == "exact":
+    if policy.index == "exact" or (policy.index == "auto" and count < ALWAYS_EXACT):
         return [_flat(policy)]
     if policy.index != "auto":
-        return [policy.index]
+        named = re.search(r"IVF(\d+)", policy.index)
+        least = max(int(named[1]) if named else 0, 256 if "PQ" in policy.index else 0)
+        return [_flat(policy) if count < least else policy.index]  # it could not be trained
     if count <= EXACT_UP_TO and (memory is None or memory >= bytes_of(_flat(policy), count, dim)):
         return [_flat(policy)]
     lists = lists_for(count)
@@ -183,7 +188,7 @@ def build_index(
     policy = policy or IndexPolicy()
     count, dim = vectors.shape
     tried: list[tuple[Any, IndexInfo]] = []
-    queries, exact = None, None
+    queries, tenth = None, None
     took = [0.0, 0.0, 0.0]
     for factory in candidates(count, dim, policy, memory):
         marks = [time.perf_counter()]
@@ -195,9 +200,9 @@ def build_index(
         if factory in _EXACT:
             why = f"{count:,} rows are compared one by one"
             return index, IndexInfo(factory=factory, why=why, adding_s=round(marks[2] - marks[1], 3))
-        if queries is None or exact is None:
-            queries, exact = _held_out(vectors)
-        tried.append((index, _tuned(index, factory, vectors, queries, exact, policy)))
+        if queries is None or tenth is None:
+            queries, tenth = _held_out(vectors)
+        tried.append((index, _tuned(index, factory, vectors, queries, tenth, policy)))
         marks.append(time.perf_counter())
         took = [before + end - start for before, start, end in zip(took, marks[:-1], marks[1:], strict=True)]
         holding = [info for _, info in tried if not _missed(info, policy)]
@@ -210,6 +215,12 @@ def build_index(
     others = [other for _, other in tried if other is not info]
     seconds = dict(zip(("training_s", "adding_s", "tuning_s"), (round(each, 3) for each in took), strict=True))
     return index, info.model_copy(update={"why": _why(info, others, policy, memory, count, dim), **seconds})
+
+
+def check_factory(policy: IndexPolicy, dim: int) -> None:
+    """Raises `RefusalError` where the policy names an index that cannot be used."""
+    if policy.index not in ("auto", "exact"):
+        _empty(policy.index, dim)
 
 
 def _missed(info: IndexInfo, policy: IndexPolicy) -> list[str]:
@@ -254,9 +265,7 @@ def blocks(vectors: Stored, size: int = BLOCK) -> Iterator[Embeddings]:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _trained(factory: str, vectors: Stored, like: Any = None) -> Any:
-    """An empty index; with the centroids of an index `like` it, where both have as many lists."""
-    count, dim = vectors.shape
+def _empty(factory: str, dim: int) -> Any:
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as e:
@@ -270,6 +279,13 @@ def _trained(factory: str, vectors: Stored, like: Any = None) -> Any:
             f"{factory!r} is a {type(index).__name__}, which cannot be searched with filters here: choose one of Flat, SQ…, "
             "IVF…, HNSW… or auto"
         )
+    return index
+
+
+def _trained(factory: str, vectors: Stored, like: Any = None) -> Any:
+    """A trained index; with the centroids of an index `like` it, where both have as many lists."""
+    count, dim = vectors.shape
+    index = _empty(factory, dim)
     if isinstance(index, faiss.IndexHNSW):
         index.hnsw.efConstruction = _CONSTRUCTION
     if not index.is_trained:
@@ -279,16 +295,23 @@ def _trained(factory: str, vectors: Stored, like: Any = None) -> Any:
         if is_ivf(index) and index is _inner(index):
             if like is not None and is_ivf(like) and like.nlist == index.nlist:
                 index.quantizer.add(like.quantizer.reconstruct_n(0, like.nlist))
-            else:
+            elif index.nlist <= len(rows):
                 index.train_q1(len(rows), faiss.swig_ptr(rows), False, index.metric_type)
             faiss.omp_set_num_threads(1)  # the rest is thousands of short steps, each too short for a second thread
-        index.train(rows)
-        faiss.omp_set_num_threads(_threads())
+        try:
+            index.train(rows)
+        except RuntimeError as e:
+            reason = str(e).rsplit(":", 1)[-1].strip()
+            raise RefusalError(
+                f"an index {factory!r} cannot be trained on {count:,} rows ({reason}): choose fewer lists, or auto"
+            ) from None
+        finally:
+            faiss.omp_set_num_threads(_threads())
     return index
 
 
-def _held_out(vectors: Stored) -> tuple[Embeddings, Rows]:
-    """Queries that no index holds, and the ten nearest rows [Q, 10] of each.
+def _held_out(vectors: Stored) -> tuple[Embeddings, Embeddings]:
+    """Queries that no index holds, and the similarity [Q] of the tenth nearest row of each.
 
     A row of the index as a query would flatter a graph, which it is a node of. So each is moved as far away as its nearest
     neighbour is, in the direction in which two others of its neighbours differ.
@@ -297,8 +320,8 @@ def _held_out(vectors: Stored) -> tuple[Embeddings, Rows]:
     chosen = np.sort(rng.choice(len(vectors), min(_TUNING_QUERIES, len(vectors)), replace=False))
     rows = np.ascontiguousarray(vectors[chosen], np.float32)
     scores, near = _ground_truth(rows, vectors, min(11, len(vectors)))
-    if near.shape[1] < 4:
-        return rows, near
+    if near.shape[1] < 11:
+        return rows, scores[:, -1]
     one, two = (vectors[near[:, at]].astype(np.float32) for at in (2, 3))
     away = one - two
     away -= (away * rows).sum(axis=1, keepdims=True) * rows
@@ -306,7 +329,7 @@ def _held_out(vectors: Stored) -> tuple[Embeddings, Rows]:
     nearness = np.clip(scores[:, 1:2], 0, 1)
     queries: Embeddings = nearness * rows + np.sqrt(1 - nearness**2) * away
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    return queries, _ground_truth(queries, vectors, min(10, len(vectors)))[1]
+    return queries, _ground_truth(queries, vectors, 10)[0][:, -1]
 
 
 def _ground_truth(queries: Embeddings, vectors: Stored, k: int) -> tuple[Embeddings, Rows]:
@@ -316,12 +339,13 @@ def _ground_truth(queries: Embeddings, vectors: Stored, k: int) -> tuple[Embeddi
 
 
 def _tuned(
-    index: Any, factory: str, vectors: Stored, queries: Embeddings, exact: Rows, policy: IndexPolicy
+    index: Any, factory: str, vectors: Stored, queries: Embeddings, tenth: Embeddings, policy: IndexPolicy
 ) -> IndexInfo:
     """Raise the effort until the recall is reached; where stored vectors decide, for several numbers of candidates."""
     # A little more than is asked: real queries may be harder than those here.
     target = policy.min_recall + 0.2 * (1 - policy.min_recall)
-    decided = factory.endswith(("Flat", "SQfp16")) or factory.startswith("HNSW")
+    code = factory.rpartition(",")[2]
+    decided = not isinstance(index, faiss.IndexPreTransform) and (code == factory or code in ("Flat", "SQfp16"))
     curve: list[CurvePoint] = []
     for rescore in (0,) if decided else (4, 10, 20, 40):
         reached: list[float] = []
@@ -329,7 +353,7 @@ def _tuned(
             start = time.perf_counter()
             _, found = search_index(index, queries, 10, Effort(visits, rescore), None, vectors=vectors)
             ms = (time.perf_counter() - start) / len(queries) * 1e3
-            reached.append(_recall(exact, found))
+            reached.append(_recall(vectors, queries, tenth, found))
             curve.append(
                 CurvePoint(visits=visits, rescore=rescore, recall_at_10=round(reached[-1], 4), ms=round(ms, 4))
             )
@@ -366,10 +390,10 @@ def _sweep(index: Any, first: int) -> list[int]:
     return steps
 
 
-def _recall(exact: Rows, found: Rows) -> float:
-    """The share of the nearest that were found."""
-    pairs = zip(exact.tolist(), found.tolist(), strict=True)
-    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in pairs]))
+def _recall(vectors: Stored, queries: Embeddings, tenth: Embeddings, found: Rows) -> float:
+    """The share of the places that rows as near as the `tenth` [Q] of the nearest took: of equal rows any is right."""
+    scores = _scores(vectors, queries, np.maximum(found, 0))
+    return float(((scores >= tenth[:, None] - 1e-6) & (found >= 0)).mean())
 
 
 def _inner(index: Any) -> Any:
@@ -400,26 +424,33 @@ def search_index(
     count = index.ntotal if live_count is None else live_count
     possible = min(k, count)
     if live is not None and vectors is not None and effort.visits and count <= EXACT_AMONG:
-        rows = np.flatnonzero(np.unpackbits(live, bitorder="little")[: index.ntotal])
-        return _padded(*exact_among(vectors, rows, queries, k), k)
+        return _padded(*exact_among(vectors, _rows_of(live, index.ntotal), queries, k), k)
     if not effort.visits:
         return _search(index, queries, k, 0, live)
     wanted = k
     if effort.rescore and vectors is not None:
-        wanted = min(count, max(k, 10) * effort.rescore)
+        wanted = min(count, max(k, 10) * effort.rescore if k <= 100 else max(100 * effort.rescore, 4 * k))
     most = _inner(index).nlist if is_ivf(index) else index.ntotal
-    visits = max(effort.visits, _visits(index, wanted))
-    if live is not None and count:
-        visits = int(visits * (index.ntotal / count) ** _SPREAD)
-    visits = min(most, visits)
+    spread = (index.ntotal / count if live is not None and count else 1) * (max(1, k / 10) if is_ivf(index) else 1)
+    visits = min(most, int(max(effort.visits, _visits(index, wanted)) * spread**_SPREAD))
     while True:
         scores, rows = _search(index, queries, wanted, visits, live)
-        if visits == most or possible == 0 or (rows[:, possible - 1] >= 0).all():
+        missing = (rows[:, possible - 1] < 0) if possible else np.zeros(len(rows), bool)
+        if visits == most or not missing.any():
             break
         visits = min(most, 4 * visits)
     if effort.rescore and vectors is not None:
-        return _rescored(vectors, queries, rows, k)
+        scores, rows = _rescored(vectors, queries, rows, k)
+    if (
+        missing.any() and vectors is not None
+    ):  # equal vectors may be linked with each other alone, and cut off from the rest
+        there = np.arange(index.ntotal) if live is None else _rows_of(live, index.ntotal)
+        scores[missing], rows[missing] = _padded(*exact_among(vectors, there, queries[missing], k), k)
     return scores, rows
+
+
+def _rows_of(bitmap: Bitmap, count: int) -> Rows:
+    return np.flatnonzero(np.unpackbits(bitmap, bitorder="little", count=count))
 
 
 def exact_among(vectors: Stored, rows: Rows, queries: Embeddings, k: int) -> tuple[Embeddings, Rows]:

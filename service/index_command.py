@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
-from export.bundle import printable, write_file
 from service.collection import Collection
 from service.config import Constraints
 from service.reading import COLLECTION_FORMAT, SegmentInfo
@@ -81,8 +80,6 @@ class IndexVerify(BaseModel):
         with _opened(self.collection, self.recover) as collection:
             collection.verify()
             if collection.lost:
-                listed = "".join(f"{printable(key)}\t{printable(uri)}\n" for key, uri in collection.lost)
-                write_file(self.collection / "lost.tsv", listed)
                 console.print(
                     f"{len(collection.lost):,} items were given up, see {self.collection / 'lost.tsv'}; what is left of "
                     f"their segments is in {self.collection / 'damaged'}"

@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.bundle import Contract, Embeddings, RefusalError, printable
-from service.errors import InvalidArgumentError
-from service.filter import Filter, Restriction
+from service.filter import Filter, payload_path
 from service.index import Rows
 from service.live import Live
 from service.quality import TIE, At, Estimate, Task, compared, drawn
@@ -47,13 +46,10 @@ class LabelFigures(Contract):
 
 def path_of(field: str) -> tuple[str, ...]:
     """A payload field as filters name it, as a path. Raises `RefusalError`."""
-    try:
-        root = Filter.parse(f"{field}:*").root
-    except InvalidArgumentError:
-        root = None
-    if not isinstance(root, Restriction) or root.values or root.member[0] != "payload" or len(root.member) < 2:
+    path = payload_path(field)
+    if path is None:
         raise RefusalError(f"--label {field!r} is no field of the payload: write one such as folder or shop.name")
-    return root.member[1:]
+    return path
 
 
 def read_labels(live: Live, path: tuple[str, ...], field: str) -> Rows:

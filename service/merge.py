@@ -9,10 +9,13 @@ import pyarrow as pa
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
-from export.bundle import RefusalError
+from export.bundle import Embeddings, RefusalError
 from service.collection import Collection
 from service.config import Constraints
 from service.store import NAME, NAME_RULE
+
+# Rows that are copied at a time.
+GROUP = 200_000
 
 
 class IndexMerge(Constraints):
@@ -42,13 +45,12 @@ def merge(asked: IndexMerge) -> None:
             source = Collection(folder, None if target is None else target.space_id)
             try:
                 if target is None:
-                    there = (asked.out / "collection.json").is_file()
-                    policy = asked.policy(source.manifest.policy)
-                    target = (
-                        Collection(asked.out, source.space_id)
-                        if there
-                        else Collection.create(asked.out, source.space_id, source.dim, policy)
-                    )
+                    if (asked.out / "collection.json").is_file():
+                        target = Collection(asked.out, source.space_id)
+                        asked.check(target.manifest.policy, asked.out)
+                    else:
+                        policy = asked.policy(source.manifest.policy)
+                        target = Collection.create(asked.out, source.space_id, source.dim, policy)
                 _copy(source, target)
             finally:
                 source.close()
@@ -66,17 +68,23 @@ def merge(asked: IndexMerge) -> None:
 
 
 def _copy(source: Collection, target: Collection) -> None:
-    """Segment by segment, as they were written."""
-    parts: list[tuple[pa.Table, np.ndarray]] = list(source.scan())
-    if not parts:
-        return
-    rows = pa.concat_tables(
-        [rows.select(["key", "payload", "source_uri"]) for rows, _ in parts], promote_options="permissive"
-    )
+    """Group by group, in the order in which they were written."""
+    held: list[tuple[pa.Table, Embeddings]] = []
+    for block in source.scan():
+        held.append(block)
+        if sum(len(rows) for rows, _ in held) >= GROUP:
+            _add(source, target, held)
+            held = []
+    if held:
+        _add(source, target, held)
+
+
+def _add(source: Collection, target: Collection, held: list[tuple[pa.Table, Embeddings]]) -> None:
+    names = ["key", "payload", "source_uri"]
+    rows = pa.concat_tables([rows.select(names) for rows, _ in held], promote_options="permissive")
     keys = rows["key"].to_pylist()
     made = source.made(keys)
-    known = list(zip(*(made[key] for key in keys), strict=True))
     kinds = {"origin": pa.string(), "file_size": pa.int64(), "file_mtime_ns": pa.int64(), "file_sha256": pa.string()}
-    for (name, kind), values in zip(kinds.items(), known, strict=True):
-        rows = rows.append_column(name, pa.array(values, kind))
-    target.add_table(rows, np.concatenate([vectors for _, vectors in parts]))
+    for column, (name, kind) in enumerate(kinds.items()):
+        rows = rows.append_column(name, pa.array([made[key][column] for key in keys], kind))
+    target.add_table(rows, np.concatenate([vectors for _, vectors in held]))

@@ -66,7 +66,7 @@ class Query(BaseModel):
             table.add_row(str(rank), Text(printable(neighbor.key)), f"{neighbor.score:.3f}", shown)
         Console(highlight=False, markup=False).print(table)
         if not neighbors:
-            print(f"the collection {name!r} is empty")
+            print(f"no item passes the filter {self.filter!r}" if self.filter else f"the collection {name!r} is empty")
         if self.out:
             from service.sheet import Tile, draw_sheet, picture_of
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from export.bundle import Embeddings, RefusalError, Sealed, read_contract
 from service.errors import InvalidArgumentError, MismatchError, NotFoundError
-from service.filter import Filter
+from service.filter import Filter, payload_path
 from service.fresh import Fresh
 from service.index import IndexInfo
 from service.policy import IndexPolicy
@@ -164,17 +164,22 @@ class Readable:
         self,
         query: Embeddings,
         k: int,
-        field: str,
+        field: str | Sequence[str],
         size: int = 1,
         *,
         wanted: Filter | None = None,
         leave_out: frozenset[str] = frozenset(),
         min_score: float | None = None,
     ) -> list[list[Hit]]:
-        """The k best groups of rows that share the value of a payload field, each with its `size` best rows, for a query
-        [D]."""
+        """The k best groups of rows that share the value of a payload field (named as in filters, or a path), each with its
+        `size` best rows, for a query [D]. At most the 10,000 nearest rows are grouped."""
         rows = unit_rows(query, self.dim, "vector")
-        return self._view.groups(rows, k, size, field, wanted, leave_out, min_score)
+        path = payload_path(field) if isinstance(field, str) else field
+        if not path:
+            raise InvalidArgumentError(
+                f"{field!r} is no field of the payload: write one such as product", "BAD_GROUP_BY", "group_by"
+            )
+        return self._view.groups(rows, k, size, path, wanted, leave_out, min_score)
 
     def within(self, query: Embeddings, min_score: float, wanted: Filter | None = None) -> list[Hit]:
         """Every live row at least so similar to a query [D], best first; from approximate indexes those that they find."""
@@ -219,7 +224,7 @@ class Readable:
         """Raises `RefusalError` where it is damaged, or holds other rows than the records say."""
         segment = Segment(self._segment_folder(number), full)
         ids = segment.ids
-        extent = (len(ids), int(ids.sum()), int(ids[-1]))
+        extent = (len(ids), int(ids.sum()), int(ids[-1]) if len(ids) else 0)
         same = segment.manifest.dim == self.dim and extent == records.extent(number)
         if same and (full or len(ids) <= COMPARED_UP_TO):
             same = segment.identities() == records.held(number)

@@ -146,14 +146,17 @@ class Reads:
 class Records(Reads):
     """One connection; not thread-safe, its owner serialises."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or create. Raises `RefusalError` when the file is damaged."""
+    def __init__(self, path: Path, create: bool = False) -> None:
+        """Open, or make what is not there (`create`). Raises `RefusalError` when the file is damaged or empty."""
         self._path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
         except sqlite3.OperationalError as e:
             raise RefusalError(f"{path} cannot be opened ({e}): check its permissions and the free space") from e
         try:
+            if not create and not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'items'").fetchone():
+                self._db.close()
+                raise RefusalError(f"{path} holds no records: {_RESTORE}; nothing was removed")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_TABLES)
@@ -245,12 +248,15 @@ class Records(Reads):
             self._db.execute("INSERT INTO segments VALUES (?)", (new,))
             self._db.executemany("UPDATE items SET segment = ? WHERE segment = ?", [(new, number) for number in old])
 
+    def alive(self, segment: int) -> list[tuple[str, str]]:
+        """(key, source URI) of the live rows of a segment."""
+        asked = "SELECT key, source_uri FROM items WHERE segment = ? AND live = 1 ORDER BY key"
+        return self._db.execute(asked, (segment,)).fetchall()
+
     def lose(self, segment: int) -> list[tuple[str, str]]:
         """Bury the live rows of a segment that cannot be read, and forget it: (key, source URI) of each. Inside a
         transaction."""
-        lost = self._db.execute(
-            "SELECT key, source_uri FROM items WHERE segment = ? AND live = 1 ORDER BY key", (segment,)
-        ).fetchall()
+        lost = self.alive(segment)
         if lost:
             self._db.execute(
                 "UPDATE items SET live = 0, sequence = ?, payload = '{}' WHERE segment = ? AND live = 1",
@@ -319,7 +325,8 @@ class Reader(Reads):
             try:
                 yield
             finally:
-                self._db.execute("COMMIT")
+                if self._db.in_transaction:
+                    self._db.execute("COMMIT")
 
     def one(self, key: str) -> Record | None:
         """The live row of a key. Thread-safe. Raises `ClosedError`."""
@@ -358,7 +365,9 @@ def _record(found: tuple[int, str, str, str, int, int | None, bytes | None, str]
 def copy_records(source: Path, target: Path) -> tuple[int, int, list[int]]:
     """A consistent copy of the records: live items, last sequence number, and the segments that it names."""
     try:
-        with contextlib.closing(sqlite3.connect(source, isolation_level=None, timeout=30)) as db:
+        with contextlib.closing(
+            sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=30)
+        ) as db:
             db.execute("VACUUM INTO ?", (str(target),))
         with contextlib.closing(sqlite3.connect(target)) as copied:
             (items,) = copied.execute("SELECT count(*) FROM items WHERE live = 1").fetchone()

@@ -15,11 +15,10 @@ import numpy as np
 from export.bundle import Embeddings
 from service.collection import Collection
 from service.errors import InvalidArgumentError, ServiceError
-from service.filter import Filter
+from service.filter import Filter, payload_path
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.servicer import Clock, Context, Engine, item_of, vector_of
-from service.view import Hit
 
 MAX_TOP_K = 1000
 MAX_DEPTH = 10_000
@@ -36,6 +35,7 @@ class _Ask(NamedTuple):
     neighbours: int
     alpha: float
     offset: int
+    group_by: tuple[str, ...]
 
 
 class SearchService(pb_grpc.SearchServiceServicer):
@@ -52,16 +52,9 @@ class SearchService(pb_grpc.SearchServiceServicer):
         ask = _ask(request)
         query, keys = await self._query(request.query, collection, context, clock)
         start = time.monotonic()
-        groups = await engine.read(_search, collection, query, keys, ask, request.group_by)
+        response = await engine.read(_answer, collection, query, keys, ask, request)
         clock.search = time.monotonic() - start
         engine.metrics.search_seconds.observe(clock.search)
-        response = pb.SearchResponse(space_id=collection.space_id)
-        for number, hits in enumerate(groups):
-            group = number if request.group_by else None
-            response.neighbors.extend(pb.Neighbor(item=item_of(h.row), score=h.score, group=group) for h in hits)
-        end = ask.offset + ask.top_k
-        if not request.group_by and len(response.neighbors) == ask.top_k and end < MAX_DEPTH:
-            response.next_page_token = _token(request, end)
         response.timings.CopyFrom(clock.timings())
         return response
 
@@ -79,13 +72,14 @@ class SearchService(pb_grpc.SearchServiceServicer):
                 )
             weights = [each.weight if each.HasField("weight") else 1.0 for each in examples]
             vectors, keys = await self._vectors(examples, "query.examples.examples[{}]", collection, context, clock)
-            mixed = np.asarray(weights, np.float32) @ vectors
+            scale = max(map(abs, weights))
+            mixed = np.asarray(weights, np.float64) / scale @ vectors if 0 < scale < math.inf else vectors[0] * math.nan
             if not np.linalg.norm(mixed) > 1e-6:
                 raise InvalidArgumentError(
-                    "the examples cancel each other out: give a positive one, or other weights", "BAD_WEIGHTS",
+                    "the examples cancel each other out, or a weight is not finite: give other weights", "BAD_WEIGHTS",
                     "query.examples",
                 )  # fmt: skip
-            return mixed / np.linalg.norm(mixed), keys
+            return (mixed / np.linalg.norm(mixed)).astype(np.float32), keys
         vectors, keys = await self._vectors([query], "query", collection, context, clock)
         return vectors[0], keys
 
@@ -122,20 +116,27 @@ class SearchService(pb_grpc.SearchServiceServicer):
         return np.stack([rows[i] for i in range(len(given))]), frozenset(keys)
 
 
-def _search(
-    collection: Collection, query: Embeddings, keys: frozenset[str], ask: _Ask, group_by: str
-) -> list[list[Hit]]:
-    """Groups of neighbours; one where they are not grouped."""
+def _answer(
+    collection: Collection, query: Embeddings, keys: frozenset[str], ask: _Ask, request: pb.SearchRequest
+) -> pb.SearchResponse:
+    """Search, and make the response: in a thread, as many items take their time."""
     rows = query[None]
     if ask.neighbours:
         rows = collection.expand(rows, ask.neighbours, ask.alpha, filters=[ask.wanted], leave_out=[keys])
-    if group_by:
-        return collection.search_groups(
-            rows[0], ask.top_k, group_by, ask.group_size, wanted=ask.wanted, leave_out=keys, min_score=ask.min_score
+    response = pb.SearchResponse(space_id=collection.space_id)
+    if ask.group_by:
+        groups = collection.search_groups(
+            rows[0], ask.top_k, ask.group_by, ask.group_size, wanted=ask.wanted, leave_out=keys, min_score=ask.min_score
         )
-    deep = ask.offset + ask.top_k
-    (hits,) = collection.search(rows, deep, ask.min_score, filters=ask.wanted, leave_out=[keys])
-    return [hits[ask.offset :]]
+        for number, hits in enumerate(groups):
+            response.neighbors.extend(pb.Neighbor(item=item_of(h.row), score=h.score, group=number) for h in hits)
+        return response
+    end = ask.offset + ask.top_k
+    (hits,) = collection.search(rows, end, ask.min_score, filters=ask.wanted, leave_out=[keys])
+    response.neighbors.extend(pb.Neighbor(item=item_of(h.row), score=h.score) for h in hits[ask.offset :])
+    if len(hits) == end and end < MAX_DEPTH:
+        response.next_page_token = _token(request, end)
+    return response
 
 
 def _ask(request: pb.SearchRequest) -> _Ask:
@@ -155,7 +156,19 @@ def _ask(request: pb.SearchRequest) -> _Ask:
             )
     offset = _offset(request)
     wanted = Filter.parse(request.filter) if request.filter.strip() else None
-    return _Ask(min(top_k, MAX_DEPTH - offset), min_score, wanted, group_size, neighbours, alpha, offset)
+    group_by = payload_path(request.group_by) if request.group_by else ()
+    if group_by is None:
+        raise InvalidArgumentError(
+            f"group_by {request.group_by[:60]!r} is no field of the payload: write one such as product or shop.name",
+            "BAD_GROUP_BY", "group_by",
+        )  # fmt: skip
+    if group_by and top_k * group_size > MAX_DEPTH:
+        raise InvalidArgumentError(
+            f"{top_k} groups of {group_size} were asked for, {MAX_DEPTH:,} items are allowed",
+            "BAD_GROUP_SIZE",
+            "group_size",
+        )
+    return _Ask(min(top_k, MAX_DEPTH - offset), min_score, wanted, group_size, neighbours, alpha, offset, group_by)
 
 
 def _within(name: str, found: int, limit: int) -> int:

@@ -208,6 +208,10 @@ class Segment:
         """(id, key) of every row, by id."""
         return list(zip(self.ids.tolist(), self._columns[1].to_pylist(), strict=True))
 
+    def payload(self, position: int) -> str:
+        """Its payload alone, JSON."""
+        return self._strings[1][position]
+
     def key(self, position: int) -> str:
         """Its key alone."""
         return self._strings[0][position]

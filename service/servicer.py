@@ -380,11 +380,18 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-@functools.lru_cache(4096)  # the same few payloads come back again and again; a message copies what it is given
 def _struct(payload: str) -> Struct:
+    return _kept_struct(payload) if len(payload) <= 4096 else _made_struct(payload)
+
+
+def _made_struct(payload: str) -> Struct:
     struct = Struct()
     struct.update(json.loads(payload))
     return struct
+
+
+# The same few small payloads come back again and again; a message copies what it is given.
+_kept_struct = functools.lru_cache(4096)(_made_struct)
 
 
 def _json(struct: Struct) -> str:

@@ -23,6 +23,7 @@ from service.checksums import FileSum, sum_of, verify
 from service.collection import Collection
 from service.reading import COLLECTION_FORMAT, OLDEST_FORMAT, CollectionManifest
 from service.records import copy_records
+from service.segment import Segment
 from service.store import NAME, NAME_RULE
 
 SNAPSHOT_FORMAT = 1
@@ -67,6 +68,8 @@ def take(collection: Path, out: Path, say: Say) -> SnapshotManifest:
                 f"the segments of {collection} change faster than they can be copied: take the snapshot when fewer writes "
                 "come, or from a copy of the disk"
             )
+        for folder in sorted((temporary / "segments").glob("*")):
+            Segment(folder, full=True)  # what was damaged before is not sealed as sound
         shutil.copyfile(collection / "collection.json", temporary / "collection.json")
         files = {
             str(path.relative_to(temporary)): sum_of(path) for path in sorted(temporary.rglob("*")) if path.is_file()
@@ -93,12 +96,15 @@ def restore(snapshot: Path, out: Path, say: Say) -> None:
     with _new_folder(out) as temporary:
         temporary.mkdir()
         for name, expected in manifest.files.items():
+            if not (temporary / name).resolve().is_relative_to(temporary.resolve()):
+                raise RefusalError(f"{path} names a file outside of it ({name}): take another snapshot")
             verify(snapshot / name, expected, "take another snapshot", full=True)
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(snapshot / name, temporary / name)
             verify(temporary / name, expected, "try again: the disk did not keep what was written to it", full=True)
         opened = Collection(temporary)
         try:
+            opened.verify()
             if (len(opened), opened.sequence) != (manifest.items, manifest.sequence):
                 raise RefusalError(
                     f"{snapshot} holds {len(opened):,} items up to write {opened.sequence:,}, its snapshot.json says "
@@ -128,7 +134,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
         yield temporary
         publish(temporary, out)
     except OSError as e:
-        raise RefusalError(f"{out} cannot be written ({e.strerror}): check its permissions and the free space") from e
+        at = e.filename or out
+        raise RefusalError(f"{at} cannot be copied ({e.strerror}): check its permissions and the free space") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -139,7 +146,7 @@ def _copy_segments(collection: Path, target: Path, numbers: list[int]) -> None:
         files: list[tuple[BinaryIO, Path]] = []
         for number in numbers:
             folder = collection / "segments" / f"{number:04d}"
-            for path in sorted(folder.iterdir()):
+            for path in sorted(folder.iterdir()):  # others see it whole or not at all
                 files.append((opened.enter_context(path.open("rb")), target / "segments" / folder.name / path.name))
         for source, copy in files:
             copy.parent.mkdir(parents=True, exist_ok=True)

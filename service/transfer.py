@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
 from export.bundle import Bundle, RefusalError, make_folder, publish, write_file
-from service.collection import Collection
+from service.collection import Collection, check_payload
 from service.config import Constraints
 from service.errors import ServiceError
 from service.index import BLOCK, Stored
@@ -87,12 +88,11 @@ def add(asked: IndexAdd) -> None:
     space = _space(asked)
     if (asked.collection / "collection.json").is_file():
         collection = Collection(asked.collection, space)
-        if (changed := asked.policy(collection.manifest.policy)) != collection.manifest.policy:
+        try:
+            asked.check(collection.manifest.policy, asked.collection)
+        except RefusalError:
             collection.close()
-            raise RefusalError(
-                f"{asked.collection} keeps to other constraints ({changed.model_dump(exclude_none=True)} were given): "
-                "change them with `likewise index compact`, then add"
-            )
+            raise
     else:
         if space is None:
             raise RefusalError(
@@ -203,7 +203,10 @@ def _metadata(path: Path) -> pq.FileMetaData:
 
 def _table(path: Path) -> pa.Table:
     """key, payload (JSON), source_uri. Raises `RefusalError`."""
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as e:
+        raise RefusalError(f"{path} cannot be read as Parquet ({str(e).splitlines()[0]}): write it anew") from None
     if "key" not in table.column_names:
         raise RefusalError(f"{path} has the columns {', '.join(table.column_names)}: expected one called key")
     for name in ("key", *({"source_uri", "payload"} & set(table.column_names))):
@@ -228,12 +231,21 @@ def _payloads(path: Path, given: pa.ChunkedArray, fields: pa.Table) -> pa.Array:
             for text, row in zip(given.slice(low, BLOCK).to_pylist(), own, strict=False):
                 try:
                     payload = json.loads(text)
-                    payload.update((name, value) for name, value in row.items() if value is not None)
-                    yield json.dumps(payload, allow_nan=False, default=_plain)
-                except (ValueError, AttributeError, TypeError) as e:
-                    raise RefusalError(f"{path} has a payload that is no JSON object ({e}): {text[:60]!r}") from None
+                    payload.update((name, value) for name, value in row.items() if not _missing(value))
+                    made = json.dumps(payload, allow_nan=False, default=_plain)
+                    check_payload(made, "payload")
+                    yield made
+                except (ValueError, AttributeError, TypeError, RecursionError, ServiceError) as e:
+                    raise RefusalError(
+                        f"{path} has a row whose payload is no JSON object ({e}): {text[:60]!r} and the columns {row}"
+                    ) from None
 
     return pa.array(made(), pa.large_string())
+
+
+def _missing(value: Any) -> bool:
+    """Whether a cell is empty: null, or NaN as pandas writes it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _plain(value: Any) -> str:

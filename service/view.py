@@ -5,6 +5,7 @@ So readers never wait, nothing that they share is changed, and a search in a rep
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,11 @@ from service.filter import Filter
 from service.fresh import Fresh
 from service.index import BLOCK, Bitmap, Rows
 from service.segment import Segment, StoredRow, table_of
+
+# Rows that are looked at to find groups, or rows that are equally near.
+GROUPED = 10_000
+# Rounding of scores: a row and its copy are as near as 1.
+TOLERANCE = 2e-6
 
 
 class Hit(NamedTuple):
@@ -111,30 +117,30 @@ class View:
         query: Embeddings,
         k: int,
         size: int,
-        field: str,
+        field: Sequence[str],
         wanted: Filter | None,
         left_out: frozenset[str],
         min_score: float | None = None,
     ) -> list[list[Hit]]:
-        """The k best groups of rows with one value of a payload field, each with its `size` best rows; rows without the
-        field are groups of their own. Groups come by their best row. `query`: [1, D]."""
+        """The k best groups of rows with one value of a payload field (a path), each with its `size` best rows; rows without
+        the field are groups of their own. Groups come by their best row. `query`: [1, D]. At most the 10,000 nearest rows
+        are grouped."""
         read = _value_of(field)
-        reach = 4 * k * size
+        reach = min(4 * k * size, GROUPED)
         while True:
             (found,) = self._nearest(query, reach, [wanted], [left_out], min_score)
             groups: dict[Any, list[Hit]] = {}
             for each in found:
-                hit = self._hit(each)
-                value = read(hit.row.payload)
-                name = ("alone", hit.row.id) if value is None else ("value", value)
+                value = read(self._payload(each))
+                name = ("alone", each.key) if value is None else (type(value) is bool, value)
                 if name in groups or len(groups) < k:
                     rows = groups.setdefault(name, [])
                     if len(rows) < size:
-                        rows.append(hit)
+                        rows.append(self._hit(each))
             full = len(groups) == k and all(len(rows) == size or name[0] == "alone" for name, rows in groups.items())
-            if full or len(found) < reach:
+            if full or len(found) < reach or reach == GROUPED:
                 return list(groups.values())
-            reach *= 4
+            reach = min(4 * reach, GROUPED)
 
     def within(
         self, query: Embeddings, min_score: float, wanted: Filter | None = None, left_out: frozenset[str] = frozenset()
@@ -156,7 +162,8 @@ class View:
         grown = queries.copy()
         for i, row in enumerate(self._nearest(queries, neighbours, filters, left_out, None)):
             for each in row:
-                grown[i] += max(each.score, 0.0) ** alpha * self._vector(each)
+                if each.score > 0:
+                    grown[i] += each.score**alpha * self._vector(each)
         scaled: Embeddings = grown / np.linalg.norm(grown, axis=1, keepdims=True)
         return scaled
 
@@ -176,7 +183,8 @@ class View:
                 bits, count, rows = part.among(wanted)
                 if not count:
                     continue
-                scores, positions = part.segment.search(asked, k + more, bits, count, rows)
+                search = functools.partial(part.segment.search, live=bits, live_count=count, rows=rows)
+                scores, positions = _with_ties(search, asked, k + more, count)
                 for i, row_scores, row_positions in zip(members, scores.tolist(), positions.tolist(), strict=True):
                     found[i] += [
                         _Found(score, part.segment.key(at), part, at)
@@ -185,7 +193,8 @@ class View:
                     ]
             flags, count = self.fresh.among(wanted)
             if count:
-                scores, positions = self.fresh.search(asked, k + more, flags, count)
+                search = functools.partial(self.fresh.search, flags=flags, count=count)
+                scores, positions = _with_ties(search, asked, k + more, count)
                 for i, row_scores, row_positions in zip(members, scores.tolist(), positions.tolist(), strict=True):
                     found[i] += [
                         _Found(score, self.fresh.rows[at].key, None, at)
@@ -193,14 +202,17 @@ class View:
                     ]
         best = []
         for row, names in zip(found, left_out, strict=True):
-            row.sort(key=lambda each: (-each.score, each.key))
-            kept = [e for e in row if e.key not in names and (min_score is None or e.score >= min_score)]
+            row.sort(key=lambda each: (-round(each.score, 6), each.key))
+            kept = [e for e in row if e.key not in names and (min_score is None or e.score >= min_score - TOLERANCE)]
             best.append(kept[:k])
         return best
 
     def _hit(self, each: _Found) -> Hit:
         row = self.fresh.rows[each.at] if each.part is None else each.part.segment.row(each.at)
         return Hit(row, max(-1.0, min(1.0, each.score)))
+
+    def _payload(self, each: _Found) -> str:
+        return self.fresh.rows[each.at].payload if each.part is None else each.part.segment.payload(each.at)
 
     def _vector(self, each: _Found) -> Embeddings:
         return self.fresh.buffer[each.at] if each.part is None else each.part.segment.vector(each.at)
@@ -214,13 +226,27 @@ def _alike(filters: Sequence[Filter | None]) -> list[tuple[Filter | None, list[i
     return list(together.values())
 
 
-def _value_of(field: str) -> Callable[[str], Any]:
-    """Reads a payload field (`a.b` inside objects) for grouping: None where it is absent, an object or a list."""
-    names = field.split(".")
+def _with_ties(
+    search: Callable[[Embeddings, int], tuple[Embeddings, Rows]], queries: Embeddings, k: int, count: int
+) -> tuple[Embeddings, Rows]:
+    """The k best of `count` rows, and those as near as the last of them: which of them come is for the key to say."""
+    wanted = k + 1
+    while True:
+        scores, rows = search(queries, wanted)
+        if wanted >= min(count, GROUPED) or scores.shape[1] <= k:
+            return scores, rows
+        ordered = -np.sort(-scores, axis=1)
+        if (ordered[:, -1] < ordered[:, k - 1] - 1e-6).all():
+            return scores, rows
+        wanted *= 4
+
+
+def _value_of(field: Sequence[str]) -> Callable[[str], Any]:
+    """Reads a payload field for grouping: None where it is absent, an object or a list."""
 
     def read(payload: str) -> Any:
         value: Any = json.loads(payload)
-        for name in names:
+        for name in field:
             value = value.get(name) if isinstance(value, dict) else None
         return value if isinstance(value, str | float | int) else None
 

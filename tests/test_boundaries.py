@@ -65,6 +65,7 @@ def test_heavy_packages_have_one_importer() -> None:
     assert importers["pyarrow"] == {
         "service/collection.py",
         "service/filter.py",
+        "service/merge.py",
         "service/payload.py",
         "service/reading.py",
         "service/segment.py",

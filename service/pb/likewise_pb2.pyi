@@ -450,12 +450,15 @@ class SearchRequest(_message.Message):
     filter: _builtins.str
     """Only items for which it holds (AIP-160): color = "red" AND price < 10. See docs/collections.md."""
     group_by: _builtins.str
-    """Payload field: neighbours with one value of it form a group, `top_k` counts groups, and of each comes the best item."""
+    """Payload field, named as in a filter: neighbours with one value of it form a group, `top_k` counts groups, and of each comes
+    the best item. At most the 10,000 nearest items are grouped.
+    """
     group_size: _builtins.int
     """So many items per group, 1 to 100; 1 where absent."""
     page_token: _builtins.str
-    """`next_page_token` of the page before, with the rest of the request as it was. Pages reach 10,000 neighbours deep; writes
-    between two pages may repeat or skip an item. Not with `group_by`.
+    """`next_page_token` of the page before, with the rest of the request as it was. Pages reach 10,000 neighbours deep. Writes
+    between two pages may repeat or skip an item; so may an approximate index, which looks further for a later page. Not with
+    `group_by`.
     """
     @_builtins.property
     def query(self) -> Global___Query:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -136,3 +137,16 @@ def test_what_cannot_be_followed_is_refused(folder: Path, tmp_path: Path) -> Non
     (folder / "segments" / "0001" / "vectors.npy").unlink()
     with pytest.raises(RefusalError, match=r"vectors\.npy is missing"):
         Follower(folder)
+
+
+def test_a_folder_that_was_made_anew_is_said_and_never_mixed(folder: Path) -> None:
+    follower = Follower(folder, every=0.01)
+    shutil.rmtree(folder)
+    deadline = time.monotonic() + 10
+    while follower.problem is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert "was deleted, or made anew" in str(follower.problem)
+    Collection.create(folder, "lw1-x", DIM).close()
+    with pytest.raises(RefusalError, match="made anew"):
+        follower.refresh()
+    follower.close()

@@ -126,3 +126,39 @@ def test_the_curve_and_the_reason_are_kept() -> None:
 def test_factories_that_cannot_be_used_are_refused(factory: str) -> None:
     with pytest.raises(RefusalError, match=r"factory string|cannot be searched with filters"):
         build_index(clustered(200), IndexPolicy(index=factory))
+
+
+def test_more_neighbours_are_found_as_surely_as_ten() -> None:
+    rng = np.random.default_rng(4)
+    centres = rng.standard_normal((150, DIM))
+    rows = centres[rng.integers(0, 150, 6000)] + 0.3 * rng.standard_normal((6000, DIM))
+    vectors = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    for factory in ("IVF140,SQfp16", "IVF140,PQ8x4fsr", "HNSW16"):
+        index, info = build_index(vectors, IndexPolicy(index=factory))
+        queries = vectors[::200]
+        exact = np.argsort(-(queries @ vectors.T), axis=1)
+        for k in (10, 100, 300, 1000):
+            _, found = search_index(index, queries, k, info.effort, None, vectors=vectors)
+            pairs = zip(exact[:, :k].tolist(), found.tolist(), strict=True)
+            assert np.mean([len(set(a) & set(b)) / k for a, b in pairs]) >= 0.9, (factory, k)
+
+
+@pytest.mark.parametrize("factory", ["HNSW16,SQfp16", "IVF64,SQfp16", "IVF64,PQ8x4fsr"])
+def test_equal_vectors_are_all_found_and_hide_nothing(factory: str) -> None:
+    vectors = clustered(3000)
+    vectors[500:] = vectors[0]
+    index, info = build_index(vectors, IndexPolicy(index=factory))
+    _, found = search_index(index, vectors[:1], 3000, info.effort, None, vectors=vectors)
+    assert sorted(found[0].tolist()) == list(range(3000))
+    assert info.recall_at_10 > 0.9  # of equal rows any is right
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 100, 999])
+@pytest.mark.parametrize(
+    "policy", [IndexPolicy(max_memory=100), IndexPolicy(index="IVF1024,SQ8"), IndexPolicy(index="IVF4,PQ8")]
+)
+def test_small_segments_are_searched_whatever_was_asked(count: int, policy: IndexPolicy) -> None:
+    vectors = clustered(count)
+    index, info = build_index(vectors, policy, 100.0 if policy.max_memory else None)
+    _, found = search_index(index, vectors, 1, info.effort, None, vectors=vectors)
+    assert (found[:, 0] == np.arange(count)).mean() > 0.9

@@ -157,3 +157,93 @@ def test_a_write_that_fails_fails_alone(collection: Collection) -> None:
     assert collection.sequence == before
     with pytest.raises(NotFoundError):
         collection.get("good")
+
+
+def test_equal_vectors_come_by_key_and_in_pages(tmp_path: Path) -> None:
+    collection = Collection.create(tmp_path / "c", "lw1-x", DIM)
+    rows = [NewRow(f"k{i:03d}") for i in np.random.default_rng(0).permutation(200).tolist()]
+    same = np.repeat(vectors(1), 200, axis=0)
+    collection.upsert(rows[:120], same[:120])
+    collection.flush()
+    collection.upsert(rows[120:], same[120:])
+    for k in (1, 10, 70, 200):
+        (hits,) = collection.search(vectors(1), k, min_score=1.0)
+        assert [hit.row.key for hit in hits] == [f"k{i:03d}" for i in range(k)]
+    collection.close()
+
+
+def test_an_interrupt_acknowledges_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two writes wait; the one that commits both is interrupted: the other is told so."""
+    collection = Collection.create(tmp_path / "c", "lw1-x", DIM)
+    write = collection._write
+    monkeypatch.setattr(collection, "_write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    outcomes: list[object] = []
+
+    def upsert(key: str) -> None:
+        try:
+            outcomes.append(collection.upsert([NewRow(key)], vectors(1)))
+        except BaseException as e:
+            outcomes.append(type(e).__name__)
+
+    with collection._write_lock:
+        threads = [threading.Thread(target=upsert, args=(key,)) for key in "ab"]
+        for thread in threads:
+            thread.start()
+        while len(collection._waiting) < 2:
+            pass
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, outcomes)) == ["InternalError", "KeyboardInterrupt"] and len(collection) == 0
+    monkeypatch.setattr(collection, "_write", write)
+    assert collection.upsert([NewRow("c")], vectors(1)) == [1]
+    collection.close()
+
+
+def test_a_write_that_fails_does_not_take_others_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection = Collection.create(tmp_path / "c", "lw1-x", DIM)
+    write = collection._write
+
+    def failing(rows, matrix, gone):  # type: ignore[no-untyped-def]
+        if any(row.key == "bad" for row in rows):
+            raise RuntimeError("cannot be stored")
+        return write(rows, matrix, gone)
+
+    monkeypatch.setattr(collection, "_write", failing)
+    outcomes: dict[str, object] = {}
+
+    def upsert(key: str, seed: int) -> None:
+        try:
+            outcomes[key] = collection.upsert([NewRow(key)], vectors(1, seed))
+        except RuntimeError as e:
+            outcomes[key] = str(e)
+
+    with collection._write_lock:
+        threads = [threading.Thread(target=upsert, args=(key, i)) for i, key in enumerate(["a", "bad", "b"])]
+        for thread in threads:
+            thread.start()
+        while len(collection._waiting) < 3:
+            pass
+    for thread in threads:
+        thread.join()
+    assert outcomes["bad"] == "cannot be stored"
+    for key, seed in (("a", 0), ("b", 2)):
+        assert np.array_equal(collection.get(key).vector, vectors(1, seed)[0])
+    with pytest.raises(InvalidArgumentError, match="give one for each"):
+        collection.upsert([NewRow("c")], vectors(2))
+    for payload in ('{"a": "\\ud800"}', '{"a": NaN}', '{"a": ' * 200 + "1" + "}" * 200):
+        with pytest.raises(InvalidArgumentError) as caught:
+            collection.upsert([NewRow("c", payload)], vectors(1))
+        assert caught.value.reason == "BAD_PAYLOAD"
+    with pytest.raises(InvalidArgumentError, match="no Unicode text"):
+        collection.upsert([NewRow("\ud800")], vectors(1))
+    collection.flush()
+    collection.close()
+
+
+def test_groups_are_named_as_in_filters(collection: Collection) -> None:
+    (query,) = vectors(1, 9)
+    plain = collection.search_groups(query, 5, "shop.city")
+    assert [h[0].row for h in collection.search_groups(query, 5, "payload.shop.city")] == [h[0].row for h in plain]
+    for wrong in ("key", "a..b", "a b", ""):
+        with pytest.raises(InvalidArgumentError, match="no field of the payload"):
+            collection.search_groups(query, 5, wrong)

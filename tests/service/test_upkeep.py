@@ -255,7 +255,7 @@ def test_embeddings_that_cannot_be_added_are_refused_and_change_nothing(
         ({"key": ["a", "b", "c", None]}, "1 rows without a key"),
         ({"key": list("abca")}, "comes more than once"),
         ({"key": list("abcd"), "payload": ["{}", "{}", "[]", "{}"]}, "no JSON object"),
-        ({"key": list("abcd"), "x": [float("nan"), 1, 2, 3]}, "no JSON object"),
+        ({"key": list("abcd"), "x": [float("inf"), 1, 2, 3]}, "no JSON object"),
         ({"key": ["a", "b", "c", "d" * 600]}, "1 to 512 are allowed"),
     ):
         pq.write_table(pa.table(columns), tmp_path / "bad.parquet")
@@ -276,6 +276,66 @@ def test_embeddings_that_cannot_be_added_are_refused_and_change_nothing(
 def test_sizes_are_read() -> None:
     for text, expected in (("800M", 800 * 2**20), ("4G", 2**32), ("1.5GiB", 3 * 2**29), ("512", 512), ("2kb", 2048)):
         assert bytes_in(text) == expected
-    for text in ("", "0", "four", "4X", "-1G"):
+    for text in ("", "0", "0.5", "four", "4X", "-1G"):
         with pytest.raises(ValueError, match="is no size"):
             bytes_in(text)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "without its log", "snapshot of none"])
+def test_records_that_are_older_than_the_segments_are_refused_and_nothing_is_removed(
+    folder: Path, tmp_path: Path, damage: str
+) -> None:
+    if damage == "emptied":
+        (folder / "records.sqlite").write_bytes(b"")
+    elif damage == "without its log":
+        older = (folder / "records.sqlite").read_bytes()
+        collection = Collection(folder)
+        collection.flush()
+        collection.close()
+        (folder / "records.sqlite").write_bytes(older)
+    else:
+        (folder / "records.sqlite").unlink()
+        with pytest.raises(RefusalError, match="cannot be copied"):
+            take(folder, tmp_path / "s", lambda _: None)
+        assert not (folder / "records.sqlite").exists()
+    before = sorted(path.name for path in (folder / "segments").iterdir())
+    for recover in (False, True):
+        with pytest.raises(RefusalError, match=r"holds no records|is newer than|records\.sqlite is missing"):
+            Collection(folder, recover=recover)
+    assert sorted(path.name for path in (folder / "segments").iterdir()) == before
+
+
+def test_a_snapshot_of_damaged_segments_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(folder / "segments" / "0001" / "vectors.npy")
+    with pytest.raises(RefusalError, match="the file was damaged"):
+        take(folder, tmp_path / "s", lambda _: None)
+    assert not list(tmp_path.glob("*s")) or not (tmp_path / "s").exists()
+
+
+def test_a_snapshot_that_names_files_elsewhere_is_refused(folder: Path, tmp_path: Path) -> None:
+    manifest = take(folder, tmp_path / "s", lambda _: None)
+    files = {"../escaped": next(iter(manifest.files.values())), **manifest.files}
+    forged = manifest.model_copy(update={"files": files}).sealed()
+    (tmp_path / "s" / "snapshot.json").write_text(forged.model_dump_json())
+    with pytest.raises(RefusalError, match="names a file outside"):
+        restore(tmp_path / "s", tmp_path / "again", lambda _: None)
+
+
+def test_records_without_a_manifest_are_not_taken_over(folder: Path) -> None:
+    shutil.rmtree(folder / "segments")
+    (folder / "collection.json").unlink()
+    with pytest.raises(RefusalError, match="records and no collection"):
+        Collection.create(folder, "lw1-other", DIM)
+
+
+def test_constraints_of_another_kind_are_refused_not_ignored(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "two")
+    assert main(["index", "merge", str(tmp_path / "two"), "--out", str(folder), "--stored", "float16"]) == 1
+    assert "keeps to other constraints" in capsys.readouterr().err
+    for wrong in (["--max-memory", "0.5"], ["--max-latency", "inf"], ["--index", "IVFF1024"]):
+        assert main(["index", "compact", str(folder), *wrong]) != 0
+    assert len(contents(folder)) == 28
