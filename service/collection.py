@@ -37,7 +37,17 @@ from service.index import BLOCK, Stored, blocks, check_factory
 from service.policy import IndexPolicy
 from service.reading import COLLECTION_FORMAT, CollectionManifest, Readable, StoredItem, read_manifest, unit_rows
 from service.records import MAX_KEY_BYTES, ClosedError, FileState, NewRow, Reader, Records
-from service.segment import Batch, Segment, StoredRow, batch_of, batch_of_table, joined, write_segment
+from service.segment import (
+    Batch,
+    Segment,
+    StoredRow,
+    batch_of,
+    batch_of_remains,
+    batch_of_table,
+    joined,
+    remains,
+    write_segment,
+)
 from service.view import Part, View
 
 # Fresh rows are searched exactly; beyond this many they are worth a segment.
@@ -74,10 +84,14 @@ class Collection(Readable):
     def __init__(self, folder: Path, space_id: str | None = None, recover: bool = False) -> None:
         """Open. Raises `RefusalError` when it is not one, is damaged, locked, or of another space than `space_id`.
 
-        `recover`: give up the rows of segments that are damaged or missing, which are then in `lost`, and keep the rest.
+        `recover`: make damaged indexes anew, give up the rows of segments whose vectors are damaged or missing, which are
+        then in `lost`, and keep the rest.
         """
         self.folder = folder
         self.lost: list[LostItem] = []
+        self.made_anew: list[int] = []
+        """Segments whose index or columns were damaged, and are made of their vectors and rows again."""
+        self._count = 0
         self.manifest = read_manifest(folder, space_id)
         self._lock_file = _lock(folder)
         try:
@@ -554,23 +568,50 @@ class Collection(Readable):
         self._sequence = sequence
 
     def _give_up(self) -> None:
-        """Forget the segments that cannot be read; what is left of their folders goes to damaged/."""
+        """Make damaged indexes and columns anew; forget the segments whose rows or vectors cannot be read. What is left of
+        their folders goes to damaged/."""
         for number in self._records.segments():
             try:
                 self._opened(number, self._records, full=True)
+                continue
             except (RefusalError, OSError):  # OSError: bad sectors
+                pass
+            try:
+                self._make_anew(number)
+                self.made_anew.append(number)
+            except (RefusalError, OSError):
                 lost = [LostItem(*row) for row in self._records.alive(number)]
                 # First what can be done again: the list, and the folder aside.
                 with (self.folder / "lost.tsv").open("a") as file:
                     file.write("".join(f"{printable(key)}\t{printable(uri)}\n" for key, uri in lost))
-                if self._segment_folder(number).exists():
-                    make_folder(self.folder / "damaged")
-                    aside = self.folder / "damaged" / f"{number:04d}"
-                    shutil.rmtree(aside, ignore_errors=True)
-                    self._segment_folder(number).rename(aside)
+                self._set_aside(number)
                 with self._records.transaction():
                     self._records.lose(number)
                 self.lost += lost
+
+    def _make_anew(self, number: int) -> None:
+        """Replace a segment by one with the same rows and vectors. Raises `RefusalError` or `OSError` where it cannot be."""
+        rows, vectors = remains(self._segment_folder(number))
+        ids = rows["id"].to_numpy()
+        if list(zip(ids.tolist(), rows["key"].to_pylist(), strict=True)) != self._records.held(number):
+            raise RefusalError(f"{self._segment_folder(number)} holds other rows than the records say")
+        dead = [row_id for segment, row_id in self._records.tombstones() if segment == number]
+        living = np.flatnonzero(~np.isin(ids, dead))
+        with self._records.transaction():
+            new = self._records.take("segment")
+        if len(living):
+            self._segment(new, batch_of_remains(rows, vectors, living, self._records.origins(number)))
+        with self._records.transaction():
+            self._records.merge([number], new if len(living) else None, self._records.counter("sequence"))
+        self._set_aside(number)
+
+    def _set_aside(self, number: int) -> None:
+        """Move what is left of a segment to damaged/."""
+        if self._segment_folder(number).exists():
+            make_folder(self.folder / "damaged")
+            aside = self.folder / "damaged" / f"{number:04d}"
+            shutil.rmtree(aside, ignore_errors=True)
+            self._segment_folder(number).rename(aside)
 
     def _remove(self, folder: Path) -> None:
         """Remove a segment's folder, which others see whole or not at all."""

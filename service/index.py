@@ -431,7 +431,9 @@ def search_index(
     if effort.rescore and vectors is not None:
         wanted = min(count, max(k, 10) * effort.rescore if k <= 100 else max(100 * effort.rescore, 4 * k))
     most = _inner(index).nlist if is_ivf(index) else index.ntotal
-    spread = (index.ntotal / count if live is not None and count else 1) * (max(1, k / 10) if is_ivf(index) else 1)
+    spread = (index.ntotal / count if live is not None and count else 1) * (
+        max(1, (k - 1) / 10) if is_ivf(index) else 1
+    )
     visits = min(most, int(max(effort.visits, _visits(index, wanted)) * spread**_SPREAD))
     while True:
         scores, rows = _search(index, queries, wanted, visits, live)

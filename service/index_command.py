@@ -66,19 +66,25 @@ class IndexCompact(Constraints):
 
 
 class IndexVerify(BaseModel):
-    """Read a collection whole and compare it with its checksums; with --recover, give up what is damaged."""
+    """Read a collection whole and compare it with its checksums; with --recover, repair or give up what is damaged."""
 
     model_config = _CONFIG
     collection: CliPositionalArg[Path]
     """The collection folder."""
     recover: bool = False
-    """Give up the items of damaged or missing segments, and list them in lost.tsv: build or sync embeds them again."""
+    """Make damaged indexes anew. Give up the items of segments whose vectors are damaged or missing, and list them in
+    lost.tsv: build or sync embeds them again."""
 
     def cli_cmd(self) -> int:
         """Run the command."""
         console = _console()
         with _opened(self.collection, self.recover) as collection:
             collection.verify()
+            if collection.made_anew:
+                numbers = ", ".join(f"{number:04d}" for number in collection.made_anew)
+                console.print(
+                    f"the index or the columns of {numbers} were damaged, and made anew from vectors and rows"
+                )
             if collection.lost:
                 console.print(
                     f"{len(collection.lost):,} items were given up, see {self.collection / 'lost.tsv'}; what is left of "

@@ -243,6 +243,19 @@ def _read_manifest(path: Path) -> tuple[SegmentManifest, dict[str, str]]:
     return manifest, found.sha256
 
 
+def remains(folder: Path) -> tuple[pa.Table, Stored]:
+    """Rows and vectors of a segment whose index or columns are damaged, which can be made anew from them. Raises
+    `RefusalError` or `OSError` where these two are damaged, too."""
+    manifest, whole = _read_manifest(folder / "segment.json")
+    for name in ("rows.arrow", "vectors.npy"):
+        path = folder / name
+        if name in manifest.files:
+            verify(path, manifest.files[name], _AGAIN, full=True)
+        elif not path.is_file() or sha256_file(path) != whole[name]:
+            raise RefusalError(f"{path} was damaged; {_AGAIN}")
+    return _mapped(folder / "rows.arrow").cast(_SCHEMA), np.load(folder / "vectors.npy", mmap_mode="r")
+
+
 def _mapped(path: Path) -> pa.Table:
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
@@ -286,6 +299,13 @@ def batch_of_table(
     ]
     table = pa.Table.from_arrays(columns, schema=_SCHEMA)
     return Batch(table, columns_of(table["payload"].to_pylist()), dim, matrix, origins)
+
+
+def batch_of_remains(rows: pa.Table, vectors: Stored, living: Rows, origins: Mapping[str, int]) -> Batch:
+    """What lives of `remains`."""
+    kept = rows.take(living)
+    parts = (vectors[living[low : low + BLOCK]] for low in range(0, len(living), BLOCK))
+    return Batch(kept, columns_of(kept["payload"].to_pylist()), vectors.shape[1], parts, origins)
 
 
 def table_of(rows: Sequence[StoredRow]) -> pa.Table:

@@ -339,3 +339,20 @@ def test_constraints_of_another_kind_are_refused_not_ignored(
     for wrong in (["--max-memory", "0.5"], ["--max-latency", "inf"], ["--index", "IVFF1024"]):
         assert main(["index", "compact", str(folder), *wrong]) != 0
     assert len(contents(folder)) == 28
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "payload.arrow"])
+def test_what_follows_from_vectors_and_rows_is_made_anew(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(folder)
+    for number in ("0001", "0002"):
+        flip(folder / "segments" / number / name)
+    assert main(["index", "verify", str(folder), "--recover"]) == 0
+    assert "of 0001, 0002 were damaged, and made anew" in capsys.readouterr().err
+    assert contents(folder) == before and not (folder / "lost.tsv").exists()
+    collection = Collection(folder)
+    assert [(s.rows, s.dead) for s in collection.segments()] == [(9, 0), (10, 0)]
+    (hits,) = collection.search(vectors(1), 5, filters=Filter.parse("i >= 10 AND i < 12"))
+    assert {h.row.key for h in hits} == {"k10", "k11"}
+    collection.close()
