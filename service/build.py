@@ -12,7 +12,7 @@ import shutil
 import sys
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from itertools import zip_longest
 from pathlib import Path
@@ -39,7 +39,8 @@ from service.changes import Changes, compare
 from service.collection import Collection
 from service.config import IndexBuild, IndexSync
 from service.encoder import BUILD_BATCH, Decoded, Encoder
-from service.records import MAX_KEY_BYTES, NewRow
+from service.fields import Fields, plain, read_fields
+from service.records import MAX_KEY_BYTES, FileState, NewRow
 from service.store import NAME, NAME_RULE
 
 SHARD = 512
@@ -76,6 +77,12 @@ def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
         found = [picture for picture in found if zlib.crc32(picture.key.encode()) % shards == number - 1]
     if not NAME.fullmatch(asked.out.name):
         raise RefusalError(f"{asked.out.name!r} cannot be a collection's name: {NAME_RULE}; choose another --out")
+    fields = {} if asked.payload is None else read_fields(asked.payload)
+    if asked.payload is not None and not any(picture.key in fields for picture in found):
+        raise RefusalError(
+            f"{asked.payload} has no row for any picture of {asked.images}: its keys must be paths below the folder, such "
+            f"as {found[0].key if found else 'shelf/1.jpg'}"
+        )
     bundle = Bundle.open(asked.bundle)
     dry = following is not None and following.dry_run
     if there:
@@ -110,12 +117,18 @@ def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
         if dry:
             _say(changes, console)
             return
+        if asked.payload is None:  # new bytes or a new name: what was known of the picture stays
+            again = [(p.key, p) for p in changes.embed if p.key in before] + changes.moved
+            fields = {p.key: _known(collection.get(old).row.payload) for old, p in again}
         # What comes before what goes: interrupted in between, nothing is missing.
-        written, unreadable, undecodable = _fill(collection, asked, bundle, changes.embed, unread, console)
+        written, unreadable, undecodable = _fill(collection, asked, bundle, changes.embed, fields, unread, console)
         collection.touch((p.key, p.mtime_ns) for p in changes.touched)
         for low in range(0, len(changes.moved), SHARD):
             part = changes.moved[low : low + SHARD]
-            collection.move([(old, _row({**_about(p), "sha256": before[old].sha256})) for old, p in part])
+            collection.move([(old, _row({**_about(p), "sha256": before[old].sha256}, fields)) for old, p in part])
+        if asked.payload is not None:
+            described = _describe(collection, found, before, fields)
+            console.print(f"{described:,} items that were there have another payload now")
         deleted = 0
         if allowed is not None:
             broken = [key for key in undecodable if key in before]  # their new bytes are no picture
@@ -164,6 +177,7 @@ def _fill(
     asked: IndexBuild,
     bundle: Bundle,
     todo: list[PictureFile],
+    fields: Fields,
     unlisted: list[tuple[str, str]],
     console: Console,
 ) -> tuple[int, int, list[str]]:
@@ -204,7 +218,7 @@ def _fill(
     unreadable = [*unlisted, *((key, reason) for note in notes for key, reason, _ in note["unreadable"])]
     undecodable = [key for note in notes for key, _, was_read in note["unreadable"] if was_read]
     write_unreadable(asked.out / "unreadable.tsv", unreadable)
-    rows = [_row(row, encoder.origin) for note in notes for row in note["rows"]]
+    rows = [_row(row, fields, encoder.origin) for note in notes for row in note["rows"]]
     if rows:
         vectors = np.concatenate([np.load(work / f"{i:06d}.npy") for i, note in enumerate(notes) if note["rows"]])
         console.print(f"writing a segment of {len(rows):,} vectors of {bundle.dim} dimensions")
@@ -288,10 +302,37 @@ def _about(picture: PictureFile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _row(about: dict[str, Any], origin: str = "") -> NewRow:
-    return NewRow(
-        about["key"], about["payload"], about["uri"], origin, about["size"], about["mtime_ns"], about["sha256"]
-    )
+def _known(payload: str) -> dict[str, Any]:
+    """A payload without what follows from the file."""
+    fields: dict[str, Any] = json.loads(payload)
+    fields.pop("folder", None)
+    return fields
+
+
+def _describe(
+    collection: Collection, found: Sequence[PictureFile], before: Mapping[str, FileState], fields: Fields
+) -> int:
+    """Give items that were there the payload that they have now, without embedding them again; returns how many."""
+    pictures = {p.key: p for p in found if p.key in before and before[p.key].size is not None}
+    stored = {
+        key: payload
+        for rows, _ in collection.scan()
+        for key, payload in zip(rows["key"].to_pylist(), rows["payload"].to_pylist(), strict=True)
+        if key in pictures
+    }
+    files = collection.files()
+    rows = [_row({**_about(pictures[key]), "sha256": files[key].sha256}, fields) for key in stored]
+    other = [row for row in rows if json.loads(row.payload) != json.loads(stored[row.key])]
+    for low in range(0, len(other), SHARD):
+        collection.move([(row.key, row) for row in other[low : low + SHARD]])
+    return len(other)
+
+
+def _row(about: dict[str, Any], fields: Fields, origin: str = "") -> NewRow:
+    payload = about["payload"]
+    if about["key"] in fields:
+        payload = json.dumps({**json.loads(payload), **fields[about["key"]]}, default=plain)
+    return NewRow(about["key"], payload, about["uri"], origin, about["size"], about["mtime_ns"], about["sha256"])
 
 
 def _read(encoder: Encoder, picture: PictureFile) -> Decoded | UnreadablePictureError:

@@ -96,6 +96,9 @@ class IndexBuild(Embedding, Constraints):
     """Folder of pictures; subfolders are searched."""
     out: Path
     """The collection folder to write; its name is the collection's name."""
+    payload: Path | None = None
+    """A table of what is known of the pictures (.csv, .tsv, .jsonl or .parquet): a column `key`, their path below the
+    folder, and others that become fields of the payload, to filter and group by."""
     shard: str | None = Field(None, pattern=r"^[1-9]\d*/[1-9]\d*$")
     """i/n: the i-th of n parts, by the hash of the key, so that n machines share a folder; `likewise index merge` joins what
     they built."""

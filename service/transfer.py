@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
-from datetime import date, datetime, time
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +20,7 @@ from export.bundle import Bundle, RefusalError, make_folder, publish, write_file
 from service.collection import Collection, check_payload
 from service.config import Constraints
 from service.errors import ServiceError
+from service.fields import missing, plain
 from service.index import BLOCK, Stored
 from service.store import NAME, NAME_RULE
 
@@ -231,8 +229,8 @@ def _payloads(path: Path, given: pa.ChunkedArray, fields: pa.Table) -> pa.Array:
             for text, row in zip(given.slice(low, BLOCK).to_pylist(), own, strict=False):
                 try:
                     payload = json.loads(text)
-                    payload.update((name, value) for name, value in row.items() if not _missing(value))
-                    made = json.dumps(payload, allow_nan=False, default=_plain)
+                    payload.update((name, value) for name, value in row.items() if not missing(value))
+                    made = json.dumps(payload, allow_nan=False, default=plain)
                     check_payload(made, "payload")
                     yield made
                 except (ValueError, AttributeError, TypeError, RecursionError, ServiceError) as e:
@@ -241,18 +239,6 @@ def _payloads(path: Path, given: pa.ChunkedArray, fields: pa.Table) -> pa.Array:
                     ) from None
 
     return pa.array(made(), pa.large_string())
-
-
-def _missing(value: Any) -> bool:
-    """Whether a cell is empty: null, or NaN as pandas writes it."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _plain(value: Any) -> str:
-    """Dates and times as RFC 3339."""
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    raise TypeError(f"a value of type {type(value).__name__}")
 
 
 def _constant(value: str, count: int) -> pa.ChunkedArray:

@@ -64,6 +64,7 @@ def test_heavy_packages_have_one_importer() -> None:
     assert importers["sqlite3"] == {"service/records.py"}
     assert importers["pyarrow"] == {
         "service/collection.py",
+        "service/fields.py",
         "service/filter.py",
         "service/merge.py",
         "service/payload.py",

@@ -17,6 +17,7 @@ from export.preprocess import PictureFile, find_pictures
 from likewise import main
 from service.changes import FileState, compare
 from service.collection import Collection
+from service.filter import Filter
 from service.records import NewRow
 from tests.conftest import encode, noise
 from tests.service.test_build import command, contents
@@ -251,3 +252,50 @@ def test_info_and_compact(bundle: Path, images: Path, built: Path, capfd: pytest
     assert contents(built) == before
     assert main(["index", "compact", str(built)]) == 0
     assert "nothing to merge" in capfd.readouterr().err
+
+
+def test_what_is_known_of_pictures_becomes_their_payload(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    images = write_shapes(tmp_path / "images", 16)
+    keys = sorted(str(p.relative_to(images)) for p in images.rglob("*.png"))
+    table = tmp_path / "known.csv"
+
+    def follow(verb: str, *more: object) -> None:
+        flags = ["--bundle", bundle, "--images", images, "--out", tmp_path / "c", "--threads", 1, *more]
+        assert main(["index", verb, *(str(f) for f in flags)]) == 0
+
+    def filtered(text: str) -> set[str]:
+        collection = Collection(tmp_path / "c")
+        (hits,) = collection.search(np.ones((1, 64), np.float32), 99, filters=Filter.parse(text))
+        collection.close()
+        return {hit.row.key for hit in hits}
+
+    lines = [f"{key},{i},{'red' if i % 2 else ''},2024-01-{i + 1:02d}" for i, key in enumerate(keys[:10])]
+    table.write_text("\n".join(["key,price,colour,day", *lines, "other/picture.png,1,red,2024-01-01"]))
+    follow("build", "--payload", table)
+    assert filtered("price >= 4 AND colour = red") == {keys[i] for i in (5, 7, 9)}
+    assert filtered('day < "2024-01-03" AND folder:*') == set(keys[:2]) and filtered("NOT price:*") == set(keys[10:])
+    table.write_text("\n".join(["key,price", *(f"{key},{100 + i}" for i, key in enumerate(keys))]))
+    capfd.readouterr()
+    follow("sync", "--payload", table)
+    assert "16 items that were there have another payload now" in capfd.readouterr().err
+    assert filtered("price >= 110") == set(keys[10:]) and filtered("colour:*") == set()
+    follow("sync", "--payload", table)
+    assert "0 items that were there" in capfd.readouterr().err
+    (images / keys[11]).write_bytes(encode(noise(40, 30, 5), "PNG"))
+    (images / keys[12]).rename(images / "moved.png")
+    follow("sync")  # without a table payloads stay, also of changed and moved files
+    assert filtered("price >= 110") == {*keys[10:12], *keys[13:], "moved.png"}
+    assert filtered('folder = ""') == {"moved.png"}
+    for name, text, sentence in (
+        ("a.csv", "name,price\nx,1", "no text in a column called key"),
+        ("b.csv", f"key,price\n{keys[0]},1\n{keys[0]},2", "more than once"),
+        ("c.csv", "key,price\nelsewhere.png,1", "has no row for any picture"),
+        ("d.jsonl", "{", "cannot be read"),
+        ("e.txt", "key", "no table that is known here"),
+        ("f.parquet", "key", "cannot be read"),
+    ):
+        (tmp_path / name).write_text(text)
+        flags = ["--bundle", bundle, "--images", images, "--out", tmp_path / "c", "--payload", tmp_path / name]
+        assert sentence in refused("index", "build", *flags)
