@@ -153,9 +153,9 @@ def test_equal_vectors_are_all_found_and_hide_nothing(factory: str) -> None:
     assert info.recall_at_10 > 0.9  # of equal rows any is right
 
 
-@pytest.mark.parametrize("count", [1, 2, 15, 100, 999])
+@pytest.mark.parametrize("count", [1, 2, 15, 100, 300])
 @pytest.mark.parametrize(
-    "policy", [IndexPolicy(max_memory=100), IndexPolicy(index="IVF1024,SQ8"), IndexPolicy(index="IVF4,PQ8")]
+    "policy", [IndexPolicy(max_memory=100), IndexPolicy(index="IVF1024,SQ8"), IndexPolicy(index="IVF4,PQ8x4")]
 )
 def test_small_segments_are_searched_whatever_was_asked(count: int, policy: IndexPolicy) -> None:
     vectors = clustered(count)
