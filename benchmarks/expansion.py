@@ -88,10 +88,16 @@ def main() -> None:
                 f"{name} gain n {n} alpha {alpha:g}": gain.mean(),
             }
             line.append(f"{100 * after.mean():>{10 if name == 'mAP' else 9}.2f}{gain.mean():>+9.2f}{error:>7.2f}")
-        best = max(best, figures[f"mAP gain n {n} alpha {alpha:g}"])
+        best = max(best, float(figures[f"mAP gain n {n} alpha {alpha:g}"]))
         print(f"{n:>4}{alpha:>7g}{''.join(line)}", flush=True)
     collection.close()
-    finish(args.name, figures, [("best gain in mAP, points", best, 0.0)], args.seed, args.quick)
+    finish(
+        args.name,
+        {name: float(value) for name, value in figures.items()},
+        [("best gain in mAP, points", best, 0.0)],
+        args.seed,
+        args.quick,
+    )
 
 
 if __name__ == "__main__":

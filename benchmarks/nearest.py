@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, help="unit rows, .npy float32 [N, 384]")
     parser.add_argument("--queries", type=Path, help="held-out queries, .npy float32 [Q, 384]")
     parser.add_argument("--peers", default="hnswlib,usearch,faiss", help="which, by comma; none for none")
+    parser.add_argument("--name", help="of the file in benchmarks/results")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
@@ -302,7 +303,7 @@ def main() -> None:
             (f"recall@10 with a filter that passes {share}", searched[f"filter that passes {share}, recall@10"], 0.95),
             (f"2 x unfiltered p50 over that with {share}", 2 / searched[f"filter that passes {share}, over unfiltered"], 1),
         ]  # fmt: skip
-    finish(name, {**figures, **searched, "rows": len(vectors)}, goals, 0, args.quick)
+    finish(args.name or name, {**figures, **searched, "rows": len(vectors)}, goals, 0, args.quick)
 
 
 if __name__ == "__main__":
