@@ -26,7 +26,8 @@ def complete(run: Path, bundle: Path, many_pictures: Path, tmp_path_factory: pyt
 
 @pytest.fixture
 def mine(complete: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(complete, tmp_path / "bundle")
+    # Another test may have opened it, and measured.
+    return shutil.copytree(complete, tmp_path / "bundle", ignore=shutil.ignore_patterns("machine.json"))
 
 
 def set_overlap(folder: Path, variant: str, value: float) -> None:
