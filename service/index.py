@@ -363,7 +363,14 @@ def _tuned(
     holding = [point for point in curve if point.recall_at_10 >= target]
     if not holding:
         holding = [point for point in curve if point.recall_at_10 >= policy.min_recall]
-    best = min(holding, key=lambda p: p.ms) if holding else max(curve, key=lambda p: p.recall_at_10)
+    if (
+        holding
+    ):  # of those about as fast the one with most candidates: fewer may be too few for harder queries, however many
+        # lists are visited
+        fastest = min(point.ms for point in holding)
+        best = max(holding, key=lambda p: (p.rescore if p.ms <= 1.3 * fastest else -1, -p.ms))
+    else:
+        best = max(curve, key=lambda p: p.recall_at_10)
     effort = Effort(best.visits, best.rescore)
     times = []
     for query in queries[:_TIMED_QUERIES]:
