@@ -21,7 +21,7 @@ import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +36,7 @@ from service.fresh import Fresh
 from service.index import BLOCK, Stored, blocks, check_factory
 from service.policy import IndexPolicy
 from service.reading import COLLECTION_FORMAT, CollectionManifest, Readable, StoredItem, read_manifest, unit_rows
-from service.records import MAX_KEY_BYTES, ClosedError, FileState, NewRow, Reader, Records
+from service.records import MAX_KEY_BYTES, FileState, Made, NewRow, Reader, Records
 from service.segment import (
     Batch,
     Segment,
@@ -91,30 +91,24 @@ class Collection(Readable):
         self.lost: list[LostItem] = []
         self.made_anew: list[int] = []
         """Segments whose index or columns were damaged, and are made of their vectors and rows again."""
-        self._count = 0
         self.manifest = read_manifest(folder, space_id)
-        self._lock_file = _lock(folder)
-        try:
-            self._records = Records(folder / "records.sqlite")
-            self._reader = Reader(folder / "records.sqlite")
-            self._write_lock = threading.Lock()
-            self._waiting: deque[_Write] = deque()
-            self._closed = False
-            self._flush_lock = threading.Lock()
-            self._merge_lock = threading.RLock()  # taken before the others
-            self._stopping = False
+        self._write_lock = threading.Lock()
+        self._waiting: deque[_Write] = deque()
+        self._closed = False
+        self._flush_lock = threading.Lock()
+        self._merge_lock = threading.RLock()  # taken before the others
+        self._stopping = False
+        self._view = View((), self._no_rows())
+        with ExitStack() as opened:
+            self._lock_file = opened.enter_context(_lock(folder))
+            self._records = opened.enter_context(closing(Records(folder / "records.sqlite")))
+            self._reader = opened.enter_context(closing(Reader(folder / "records.sqlite")))
             if recover:
                 self._give_up()
             self._remove_orphans()
             self._view = self._load(self._records, {})
-            self._count = self._view.fresh.live + sum(part.count for part in self._view.parts)
             self._sequence = self._records.counter("sequence")
-        except BaseException:
-            for opened in ("_reader", "_records"):
-                if hasattr(self, opened):
-                    getattr(self, opened).close()
-            self._lock_file.close()
-            raise
+            opened.pop_all()
 
     @classmethod
     def create(cls, folder: Path, space_id: str, dim: int, policy: IndexPolicy | None = None) -> Collection:
@@ -148,22 +142,16 @@ class Collection(Readable):
         write_file(folder / "collection.json", manifest.sealed().model_dump_json(indent=2))
         return cls(folder)
 
-    def __len__(self) -> int:
-        return self._count
-
     def get(self, key: str) -> StoredItem:
         """A live item. Raises `NotFoundError`. Writes do not hold it up."""
-        try:
-            found = self._stored(self._reader.one(key), key)
-        except ClosedError:
-            raise self._gone() from None
+        found = self._committed(key)
         if found is not None:
             return found
         with self._open():  # a merge was committed, and its segments are being exchanged
             return self._item(key)
 
-    def made(self, keys: Sequence[str]) -> dict[str, tuple[str, int | None, int | None, str | None]]:
-        """Origin of the vector, and size, time of change and digest of the file, of items by key."""
+    def made(self, keys: Sequence[str]) -> dict[str, Made]:
+        """What is known of items beside what a query returns, by key."""
         with self._open():
             return self._records.made(keys)
 
@@ -213,7 +201,11 @@ class Collection(Readable):
             return
         with self._open():
             items = [self._item(old) for old, _ in moves]
-            rows = [row._replace(origin=item.origin) for (_, row), item in zip(moves, items, strict=True)]
+            pictures = self._records.thumbnails([item.row.id for item in items])
+            rows = [
+                row._replace(origin=item.origin, thumbnail=row.thumbnail or pictures.get(item.row.id))
+                for (_, row), item in zip(moves, items, strict=True)
+            ]
             self._write(rows, np.stack([item.vector for item in items]), [old for old, _ in moves])
 
     def _commit_waiting(self, mine: _Write) -> None:
@@ -316,14 +308,17 @@ class Collection(Readable):
 
         self._add([row.key for row in rows], lambda: rows, batch)
 
-    def add_table(self, rows: pa.Table, vectors: Stored, origin: str = "client") -> None:
-        """As `add_segment`, for very many rows: columns key, payload (JSON) and source_uri, and where they are known origin,
-        file_size, file_mtime_ns and file_sha256; vectors [N, D] may be memory-mapped, they are read block by block, once."""
+    def add_table(self, rows: pa.Table, vectors: Stored | Sequence[Stored], origin: str = "client") -> None:
+        """As `add_segment`, for very many rows: columns key, payload (JSON) and source_uri, and where they are known the
+        other fields of `NewRow`; vectors [N, D], or parts of them in order, which may be memory-mapped: they are read block
+        by block, once."""
         if not len(rows):
             return
-        if vectors.ndim != 2 or len(vectors) != len(rows):
+        parts = [vectors] if isinstance(vectors, np.ndarray) else vectors
+        if any(part.ndim != 2 for part in parts) or sum(map(len, parts)) != len(rows):
+            shapes = ", ".join(str(part.shape) for part in parts[:3])
             raise InvalidArgumentError(
-                f"there are {len(rows):,} rows and vectors of shape {vectors.shape}: give a vector for each row",
+                f"there are {len(rows):,} rows and vectors of shape {shapes}: give a vector for each row",
                 "BAD_VECTOR", "vector",
             )  # fmt: skip
 
@@ -331,7 +326,7 @@ class Collection(Readable):
         made_by = Counter(rows["origin"].to_pylist()) if "origin" in names else {origin: len(rows)}
 
         def batch(ids: range, sequences: range) -> Batch:
-            matrix = (unit_rows(block, self.dim, "vector") for block in blocks(vectors))
+            matrix = (unit_rows(block, self.dim, "vector") for part in parts for block in blocks(part))
             return batch_of_table(rows, ids, sequences, self.dim, matrix, made_by)
 
         def new() -> Iterator[NewRow]:
@@ -364,7 +359,7 @@ class Collection(Readable):
                 segment = self._segment(number, batch(ids, sequences))
                 with self._records.transaction():
                     self._records.take("sequence", len(keys))
-                    places = self._records.places(keys) if self._count else {}
+                    places = self._records.places(keys) if len(self) else {}
                     at = {key: i for i, key in enumerate(keys) if key in places} if places else {}
                     self._records.bury(self._burials(places, at, first))
                     self._records.insert(rows(), ids, sequences, number, None)
@@ -547,7 +542,7 @@ class Collection(Readable):
     def _segment(self, number: int, batch: Batch) -> Segment:
         """Write a segment; of the memory that the indexes may take it gets its share."""
         allowed, rows = self.manifest.policy.max_memory, len(batch.rows)
-        memory = None if allowed is None else allowed * rows / max(rows, self._count)
+        memory = None if allowed is None else allowed * rows / max(rows, len(self))
         return write_segment(self._segment_folder(number), batch, self.manifest.policy, memory)
 
     def _publish_writes(
@@ -564,7 +559,6 @@ class Collection(Readable):
         self._view = View(
             (*parts, *([] if new is None else [new])), fresh.extended(rows, vectors, origins) if rows else fresh
         )
-        self._count += len(rows) + (0 if new is None else new.count) - len(dead)
         self._sequence = sequence
 
     def _give_up(self) -> None:

@@ -71,10 +71,7 @@ class Follower(Readable):
     def get(self, key: str) -> StoredItem:
         """A live item, as of its last commit. Raises `NotFoundError`."""
         for _ in range(_ATTEMPTS):
-            try:
-                found = self._stored(self._reader.one(key), key)
-            except ClosedError:
-                raise self._gone() from None
+            found = self._committed(key)
             if found is not None:
                 return found
             self.refresh()  # its segment is newer than the view

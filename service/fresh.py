@@ -76,6 +76,10 @@ class Fresh:
         """Who made the vectors of the live rows."""
         return {self.origins[at] for at in self.positions().tolist()}
 
+    def key(self, position: int) -> str:
+        """The key of the row at a position."""
+        return self.rows[position].key
+
     def positions(self) -> Rows:
         """Where the live rows are, ascending."""
         return np.flatnonzero(self.flags)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.console import Console
 from export.bundle import Embeddings, RefusalError
 from service.collection import Collection
 from service.config import Constraints
+from service.records import Made
 from service.store import NAME, NAME_RULE
 
 # Rows that are copied at a time.
@@ -84,7 +84,7 @@ def _add(source: Collection, target: Collection, held: list[tuple[pa.Table, Embe
     rows = pa.concat_tables([rows.select(names) for rows, _ in held], promote_options="permissive")
     keys = rows["key"].to_pylist()
     made = source.made(keys)
-    kinds = {"origin": pa.string(), "file_size": pa.int64(), "file_mtime_ns": pa.int64(), "file_sha256": pa.string()}
-    for column, (name, kind) in enumerate(kinds.items()):
-        rows = rows.append_column(name, pa.array([made[key][column] for key in keys], kind))
-    target.add_table(rows, np.concatenate([vectors for _, vectors in held]))
+    kinds = (pa.string(), pa.int64(), pa.int64(), pa.string(), pa.large_binary())
+    for name, kind in zip(Made._fields, kinds, strict=True):
+        rows = rows.append_column(name, pa.array([getattr(made[key], name) for key in keys], kind))
+    target.add_table(rows, [vectors for _, vectors in held])

@@ -16,7 +16,7 @@ from service.filter import Filter, payload_path
 from service.fresh import Fresh
 from service.index import IndexInfo
 from service.policy import IndexPolicy
-from service.records import Reads, Record
+from service.records import ClosedError, Reader, Reads, Record
 from service.segment import Segment, StoredRow
 from service.view import Hit, Part, View
 
@@ -94,6 +94,7 @@ class Readable:
     manifest: CollectionManifest
     _view: View
     _sequence: int
+    _reader: Reader
 
     @property
     def name(self) -> str:
@@ -199,9 +200,23 @@ class Readable:
         filters, leave_out = filters or [None] * len(queries), leave_out or [frozenset()] * len(queries)
         return self._view.expanded(queries, neighbours, alpha, filters, leave_out)
 
+    def thumbnails(self, ids: Sequence[int]) -> dict[int, bytes]:
+        """The thumbnails, JPEG, of live rows by id; rows without one are absent."""
+        try:
+            return self._reader.pictured(ids)
+        except ClosedError:
+            raise self._gone() from None
+
     def scan(self) -> Iterator[tuple[pa.Table, Embeddings]]:
         """Every live item, block by block, as of now: id, key, payload, source_uri and sequence, and vectors [N, D]."""
         return self._view.scan()
+
+    def _committed(self, key: str) -> StoredItem | None:
+        """An item as its last commit left it; None where the view does not hold its segment. Raises `NotFoundError`."""
+        try:
+            return self._stored(self._reader.one(key), key)
+        except ClosedError:
+            raise self._gone() from None
 
     def _stored(self, record: Record | None, key: str) -> StoredItem | None:
         """An item with its vector; None where the view does not hold its segment. Raises `NotFoundError`."""

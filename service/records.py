@@ -10,9 +10,9 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,7 @@ CREATE INDEX IF NOT EXISTS items_segment ON items (segment);
 CREATE INDEX IF NOT EXISTS items_dead ON items (segment, id) WHERE live = 0 AND segment IS NOT NULL;
 CREATE INDEX IF NOT EXISTS items_fresh ON items (id) WHERE live = 1 AND segment IS NULL;
 CREATE TABLE IF NOT EXISTS segments (number INTEGER PRIMARY KEY) STRICT;
+CREATE TABLE IF NOT EXISTS thumbnails (id INTEGER PRIMARY KEY, jpeg BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 INSERT OR IGNORE INTO counters VALUES ('sequence', 0), ('id', 0), ('segment', 0);
 """
@@ -49,6 +50,8 @@ INSERT OR IGNORE INTO counters VALUES ('sequence', 0), ('id', 0), ('segment', 0)
 MAX_KEY_BYTES = 512
 # Larger files are checked by `likewise index verify` alone: reading them whole would make every start slow.
 CHECKED_UP_TO = 64 * 2**20
+# Rows that are inserted at a time.
+_INSERTED = 4096
 _RESTORE = "restore the collection from a backup, or build it again"
 
 
@@ -62,6 +65,8 @@ class NewRow(NamedTuple):
     file_size: int | None = None
     file_mtime_ns: int | None = None
     file_sha256: str | None = None
+    thumbnail: bytes | None = None
+    """JPEG."""
 
 
 class FileState(NamedTuple):
@@ -75,6 +80,16 @@ class FileState(NamedTuple):
     """Of its bytes, hexadecimal; None for items of older versions."""
     uri: str = ""
     """Where it lay."""
+
+
+class Made(NamedTuple):
+    """What is known of an item beside what a query returns: fields of `NewRow`."""
+
+    origin: str
+    file_size: int | None
+    file_mtime_ns: int | None
+    file_sha256: str | None
+    thumbnail: bytes | None
 
 
 class Record(NamedTuple):
@@ -136,6 +151,15 @@ class Reads:
             "SELECT key, file_size, file_mtime_ns, file_sha256, source_uri FROM items WHERE live = 1"
         )
         return {key: FileState(*state) for key, *state in rows}
+
+    def thumbnails(self, ids: Sequence[int]) -> dict[int, bytes]:
+        """The thumbnails, JPEG, of live rows by id; rows without one are absent."""
+        found: dict[int, bytes] = {}
+        for low in range(0, len(ids), 1000):
+            some = ids[low : low + 1000]
+            asked = f"SELECT id, jpeg FROM thumbnails WHERE id IN ({','.join('?' * len(some))})"  # noqa: S608
+            found.update(self._db.execute(asked, list(some)))
+        return found
 
     def origins(self, segment: int) -> dict[str, int]:
         """How many live rows of a segment each variant and provider made."""
@@ -204,14 +228,23 @@ class Records(Reads):
     ) -> None:  # fmt: skip
         """Insert live rows, whose keys no live row has. Inside a transaction."""
         blobs = repeat(None) if vectors is None else map(bytes, np.ascontiguousarray(vectors, np.float32))
-        self._db.executemany(
-            "INSERT INTO items (id, key, sequence, live, segment, vector, payload, source_uri, origin, "
-            "file_size, file_mtime_ns, file_sha256) VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                (i, row.key, s, segment, blob, *row[1:])
-                for i, s, row, blob in zip(ids, sequences, rows, blobs, strict=False)
-            ),
-        )
+        thumbnails: list[tuple[int, bytes]] = []
+
+        def values() -> Iterator[tuple[Any, ...]]:
+            for i, s, row, blob in zip(ids, sequences, rows, blobs, strict=False):
+                if row.thumbnail is not None:
+                    thumbnails.append((i, row.thumbnail))
+                yield i, row.key, s, segment, blob, *row[1:7]
+
+        remaining = values()
+        while some := list(islice(remaining, _INSERTED)):
+            self._db.executemany(
+                "INSERT INTO items (id, key, sequence, live, segment, vector, payload, source_uri, origin, "
+                "file_size, file_mtime_ns, file_sha256) VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?)",
+                some,
+            )
+            self._db.executemany("INSERT INTO thumbnails VALUES (?, ?)", thumbnails)
+            thumbnails.clear()
 
     def places(self, keys: Sequence[str]) -> dict[str, tuple[int, int | None]]:
         """Id and segment of the live rows that have one of the keys."""
@@ -225,9 +258,11 @@ class Records(Reads):
 
     def bury(self, rows: Iterable[tuple[int, int]]) -> None:
         """Turn live rows (sequence number of the write, id) into tombstones. Inside a transaction."""
+        rows = list(rows)
         self._db.executemany(
             "UPDATE items SET live = 0, sequence = ?, vector = NULL, payload = '{}' WHERE id = ?", rows
         )
+        self._db.executemany("DELETE FROM thumbnails WHERE id = ?", ((row_id,) for _, row_id in rows))
 
     def adopt(self, segment: int, ids: Sequence[int] | None = None) -> None:
         """Make a written segment live; fresh rows `ids`, dead ones too, move into it. Inside a transaction."""
@@ -259,6 +294,9 @@ class Records(Reads):
         lost = self.alive(segment)
         if lost:
             self._db.execute(
+                "DELETE FROM thumbnails WHERE id IN (SELECT id FROM items WHERE segment = ? AND live = 1)", (segment,)
+            )
+            self._db.execute(
                 "UPDATE items SET live = 0, sequence = ?, payload = '{}' WHERE segment = ? AND live = 1",
                 (self.take("sequence"), segment),
             )
@@ -276,15 +314,15 @@ class Records(Reads):
         found: str = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         return None if found == "ok" else found
 
-    def made(self, keys: Sequence[str]) -> dict[str, tuple[str, int | None, int | None, str | None]]:
-        """Origin of the vector, and size, time of change and digest of the file, of the live rows with one of the keys."""
+    def made(self, keys: Sequence[str]) -> dict[str, Made]:
+        """What is known of the live rows with one of the keys beside what a query returns."""
         found = {}
         for low in range(0, len(keys), 1000):
             some = keys[low : low + 1000]
             marks = ",".join("?" * len(some))
-            columns = "key, origin, file_size, file_mtime_ns, file_sha256"
-            asked = f"SELECT {columns} FROM items WHERE live = 1 AND key IN ({marks})"  # noqa: S608
-            found.update({key: (origin, *state) for key, origin, *state in self._db.execute(asked, some)})
+            columns = "key, origin, file_size, file_mtime_ns, file_sha256, jpeg"
+            asked = f"SELECT {columns} FROM items LEFT JOIN thumbnails USING (id) WHERE live = 1 AND key IN ({marks})"  # noqa: S608
+            found.update({key: Made(*what) for key, *what in self._db.execute(asked, some)})
         return found
 
     def touch(self, files: Iterable[tuple[str, int]]) -> None:
@@ -334,6 +372,18 @@ class Reader(Reads):
             if self._closed:
                 raise ClosedError
             return self.live(key)
+
+    def pictured(self, ids: Sequence[int]) -> dict[int, bytes]:
+        """`thumbnails`. Thread-safe. Raises `ClosedError`."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError
+            try:
+                return self.thumbnails(ids)
+            except sqlite3.OperationalError:
+                if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'thumbnails'").fetchone():
+                    raise
+                return {}  # no writer has opened it since there are any
 
     def version(self) -> int:
         """Changes whenever another connection has committed. Thread-safe. Raises `ClosedError`."""

@@ -179,26 +179,13 @@ class View:
         more = max((len(names) for names in left_out), default=0)
         for wanted, members in _alike(filters):
             asked = queries if len(members) == len(queries) else queries[members]
-            for part in self.parts:
-                bits, count, rows = part.among(wanted)
-                if not count:
-                    continue
-                search = functools.partial(part.segment.search, live=bits, live_count=count, rows=rows)
+            for part, key, search, count in self._searches(wanted):
                 scores, positions = _with_ties(search, asked, k + more, count)
                 for i, row_scores, row_positions in zip(members, scores.tolist(), positions.tolist(), strict=True):
                     found[i] += [
-                        _Found(score, part.segment.key(at), part, at)
+                        _Found(score, key(at), part, at)
                         for score, at in zip(row_scores, row_positions, strict=True)
                         if at >= 0
-                    ]
-            flags, count = self.fresh.among(wanted)
-            if count:
-                search = functools.partial(self.fresh.search, flags=flags, count=count)
-                scores, positions = _with_ties(search, asked, k + more, count)
-                for i, row_scores, row_positions in zip(members, scores.tolist(), positions.tolist(), strict=True):
-                    found[i] += [
-                        _Found(score, self.fresh.rows[at].key, None, at)
-                        for score, at in zip(row_scores, row_positions, strict=True)
                     ]
         best = []
         for row, names in zip(found, left_out, strict=True):
@@ -206,6 +193,20 @@ class View:
             kept = [e for e in row if e.key not in names and (min_score is None or e.score >= min_score - TOLERANCE)]
             best.append(kept[:k])
         return best
+
+    def _searches(
+        self, wanted: Filter | None
+    ) -> Iterator[tuple[Part | None, Callable[[int], str], Callable[[Embeddings, int], tuple[Embeddings, Rows]], int]]:
+        """Where rows that a filter passes are: the segment (None: fresh rows), the key at a position, how to search, and how
+        many rows."""
+        for part in self.parts:
+            bits, count, rows = part.among(wanted)
+            if count:
+                search = functools.partial(part.segment.search, live=bits, live_count=count, rows=rows)
+                yield part, part.segment.key, search, count
+        flags, count = self.fresh.among(wanted)
+        if count:
+            yield None, self.fresh.key, functools.partial(self.fresh.search, flags=flags, count=count), count
 
     def _hit(self, each: _Found) -> Hit:
         row = self.fresh.rows[each.at] if each.part is None else each.part.segment.row(each.at)

@@ -21,6 +21,8 @@ from export.bundle import RefusalError
 from service.collection import Collection
 from service.errors import DiskFullError, InvalidArgumentError, NotFoundError
 from service.filter import Filter
+from service.follower import Follower
+from service.reading import Readable
 from service.records import NewRow
 from service.segment import Segment
 
@@ -519,3 +521,31 @@ def test_a_closed_collection_refuses_and_loses_nothing(collection: Collection) -
     again = Collection(collection.folder)
     assert len(again) == 1
     again.close()
+
+
+def test_thumbnails_stay_with_their_items(tmp_path: Path) -> None:
+    jpegs = {name: f"jpeg of {name}".encode() for name in "abcde"}
+    collection = Collection.create(tmp_path / "c", "lw1-x", DIM)
+    collection.add_segment([NewRow(name, thumbnail=jpegs[name]) for name in "abc"], unit(3))
+    collection.upsert([NewRow("d", thumbnail=jpegs["d"]), NewRow("without")], unit(2))
+
+    def seen(reader: Readable) -> dict[str, bytes]:
+        ids = {reader.get(key).row.id: key for key in ["a", "b", "c", "d", "e", "without"] if key in live}
+        return {ids[i]: jpeg for i, jpeg in reader.thumbnails(list(ids)).items()}
+
+    live = {"a", "b", "c", "d", "without"}
+    follower = Follower(tmp_path / "c", every=None)
+    assert seen(collection) == seen(follower) == {name: jpegs[name] for name in "abcd"}
+    first = collection.get("a").row.id
+    collection.move([("a", NewRow("e")), ("b", NewRow("b"))])
+    collection.upsert([NewRow("c")], unit(1))  # another picture, of which none was sent
+    collection.delete(["d"])
+    collection.compact(everything=True)
+    live = {"b", "c", "e", "without"}
+    follower.refresh()
+    assert seen(collection) == seen(follower) == {"b": jpegs["b"], "e": jpegs["a"]}
+    assert collection.thumbnails([first]) == {}
+    follower.close()
+    collection.close()
+    with pytest.raises(NotFoundError):
+        collection.thumbnails([first])

@@ -185,18 +185,22 @@ def test_an_interrupt_acknowledges_nothing(tmp_path: Path, monkeypatch: pytest.M
         except BaseException as e:
             outcomes.append(type(e).__name__)
 
-    with collection._write_lock:
-        threads = [threading.Thread(target=upsert, args=(key,)) for key in "ab"]
-        for thread in threads:
-            thread.start()
-        while len(collection._waiting) < 2:
-            pass
-    for thread in threads:
-        thread.join()
+    _wait_together(collection, [threading.Thread(target=upsert, args=(key,)) for key in "ab"])
     assert sorted(map(str, outcomes)) == ["InternalError", "KeyboardInterrupt"] and len(collection) == 0
     monkeypatch.setattr(collection, "_write", write)
     assert collection.upsert([NewRow("c")], vectors(1)) == [1]
     collection.close()
+
+
+def _wait_together(collection: Collection, writers: list[threading.Thread]) -> None:
+    """Run threads of which each upserts once, so that all of them wait for the write lock at one time."""
+    with collection._write_lock:
+        for thread in writers:
+            thread.start()
+        while len(collection._waiting) < len(writers):
+            pass
+    for thread in writers:
+        thread.join()
 
 
 def test_a_write_that_fails_does_not_take_others_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,14 +221,9 @@ def test_a_write_that_fails_does_not_take_others_with_it(tmp_path: Path, monkeyp
         except RuntimeError as e:
             outcomes[key] = str(e)
 
-    with collection._write_lock:
-        threads = [threading.Thread(target=upsert, args=(key, i)) for i, key in enumerate(["a", "bad", "b"])]
-        for thread in threads:
-            thread.start()
-        while len(collection._waiting) < 3:
-            pass
-    for thread in threads:
-        thread.join()
+    _wait_together(
+        collection, [threading.Thread(target=upsert, args=(key, i)) for i, key in enumerate(["a", "bad", "b"])]
+    )
     assert outcomes["bad"] == "cannot be stored"
     for key, seed in (("a", 0), ("b", 2)):
         assert np.array_equal(collection.get(key).vector, vectors(1, seed)[0])
