@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -35,6 +36,9 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 def serve(asked: Serve) -> int:
     """Run `likewise serve` until SIGTERM or SIGINT. Raises `RefusalError`."""
+    # Each collection keeps some ten files open; shells allow 1,024 at first and far more on request.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return asyncio.run(_serve(asked))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import resource
 import shutil
 import signal
 import socket
@@ -484,6 +485,26 @@ def test_sigterm_finishes_and_keeps_every_write(bundle: Path, indexed: Path, tmp
     assert {f"k{i}" for i in range(20)} <= collection.files().keys() and len(collection) == 84
     collection.close()
     assert main(["healthcheck", "--server", address, "--timeout", "2"]) == 1
+
+
+def test_many_collections_are_served_where_a_shell_allows_few_files(
+    bundle: Path, indexed: Path, tmp_path: Path
+) -> None:
+    for number in range(30):
+        shutil.copytree(indexed / "shapes", tmp_path / "c" / f"c{number}")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))  # the child's; this process has its files open
+    try:
+        process, address = start("--bundle", bundle, "--collections", tmp_path / "c", "--port", 0, "--metrics-port", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with Client(address) as client:
+        found = [client.search(c.name, vector=np.eye(64)[0], top_k=1) for c in client.collections()]
+        assert len(found) == 30 and all(len(neighbors) == 1 for neighbors in found)
+    process.terminate()
+    assert process.wait(20) == 0
+    assert process.stderr is not None
+    process.stderr.close()
 
 
 def test_sigkill_under_writes_keeps_what_was_acknowledged(bundle: Path, tmp_path: Path) -> None:
