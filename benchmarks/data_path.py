@@ -25,12 +25,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.record import cpu_name, finish
+from export.sources.listing import list_sources
+from export.sources.picture import Picture
 from training.cache import build_cache
 from training.duplicates import near_duplicates
 from training.loader import Batches
 from training.masks import draw_masks
-from training.picture import Picture
-from training.sources import list_sources
 from training.views import Views
 
 GLOBAL, LOCAL = (0.4, 1.0), (0.1, 0.4)

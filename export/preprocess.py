@@ -33,6 +33,8 @@ SUFFIXES = frozenset(
     for name in "jpg jpeg jpe jfif mpo png webp gif bmp dib tif tiff ppm pgm pnm avif".split()  # noqa: SIM905
 )
 
+THUMBNAIL_QUALITY = 85
+
 _ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -88,7 +90,7 @@ class DecodeLimits(BaseModel):
 
 DEFAULT_LIMITS = DecodeLimits()
 
-UnreadableReason = Literal["IMAGE_EMPTY", "IMAGE_UNDECODABLE", "IMAGE_TOO_LARGE", "IMAGE_TOO_SMALL"]
+UnreadableReason = Literal["IMAGE_EMPTY", "IMAGE_UNDECODABLE", "IMAGE_TOO_LARGE", "IMAGE_TOO_SMALL", "IMAGE_TOO_SLOW"]
 
 
 class UnreadablePictureError(ValueError):
@@ -154,16 +156,23 @@ def preprocess(data: bytes, spec: PreprocessSpec, limits: DecodeLimits = DEFAULT
         raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the picture is damaged ({e}): replace the file") from None
 
 
-def whole_picture(data: bytes, longer_side: int) -> Image.Image:
+def whole_picture(data: bytes, longer_side: int, limits: DecodeLimits = DEFAULT_LIMITS) -> Image.Image:
     """The whole picture, aspect kept, its longer side `longer_side` px: `fit` pad without its padding.
 
     Raises `UnreadablePictureError`.
     """
-    done = preprocess(data, PreprocessSpec(size=longer_side, fit="pad"))
+    done = preprocess(data, PreprocessSpec(size=longer_side, fit="pad"), limits)
     scale = longer_side / max(done.width, done.height)
     width, height = (min(longer_side, max(1, round(side * scale))) for side in (done.width, done.height))
     left, top = (longer_side - width) // 2, (longer_side - height) // 2
     return Image.fromarray(done.pixels[top : top + height, left : left + width])
+
+
+def thumbnail_of(data: bytes, longer_side: int, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
+    """A small JPEG of the whole picture, its longer side `longer_side` px. Raises `UnreadablePictureError`."""
+    buffer = io.BytesIO()
+    whole_picture(data, longer_side, limits).save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
+    return buffer.getvalue()
 
 
 @functools.cache
@@ -263,6 +272,11 @@ class PictureFile(NamedTuple):
         """The first folder of the key (a label where pictures are sorted into class folders), or ''."""
         return first_folder(self.key)
 
+    @property
+    def uri(self) -> str:
+        """Where it lies; of a link: where that lies, not where it leads."""
+        return file_uri(self.path)
+
     def read(self, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
         """The file's bytes. Raises `UnreadablePictureError` when it is too large, or (from the `OSError`) cannot be read."""
         if self.size > limits.max_bytes:
@@ -274,6 +288,16 @@ class PictureFile(NamedTuple):
             return self.path.read_bytes()
         except OSError as e:
             raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the file cannot be read ({e.strerror})") from e
+
+
+def file_uri(path: Path) -> str:
+    """`file:///…` of a path whose last part is not followed where it is a link."""
+    return (_resolved(path.parent.absolute()) / path.name).as_uri()
+
+
+@functools.lru_cache(4096)
+def _resolved(folder: Path) -> Path:
+    return folder.resolve()
 
 
 def first_folder(key: str) -> str:

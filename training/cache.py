@@ -25,9 +25,9 @@ from torch import Tensor
 
 from export.bundle import DataFingerprint, RefusalError, make_folder, printable, publish, sha256_json, write_file
 from export.preprocess import Pixels, PreprocessSpec
+from export.sources.picture import Picture
 from training.device import send
 from training.duplicates import Hashes, near_duplicates
-from training.picture import Picture
 from training.shards import Verify, is_whole, plan_shards, read_again, read_note, write_shard
 
 SHARD_BYTES = 2**28

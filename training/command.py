@@ -14,6 +14,7 @@ from rich.console import Console
 
 from export.bundle import RefusalError, make_folder, printable, read_run, write_unreadable
 from export.machine import cpu_quota
+from export.sources.listing import list_sources
 from training.cache import PictureCache, build_cache
 from training.checkpoint import NAME as CHECKPOINT
 from training.config import Hardware, Train
@@ -24,7 +25,6 @@ from training.plan import Whole, print_plan
 from training.presets import choose_views
 from training.progress import bar
 from training.resolve import resolve
-from training.sources import list_sources
 
 # What a run folder may hold before its first checkpoint.
 _BEFORE = {

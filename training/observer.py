@@ -14,11 +14,11 @@ from torch import Tensor
 
 from export.bundle import Best, RefusalError, read_best, write_file
 from export.preprocess import UnreadablePictureError, preprocess
+from export.sources.picture import Picture
 from training.alarms import alarms
 from training.encoder import backbone_tensors, build_vit, tensors_digest
 from training.metrics_log import MetricsLog
 from training.monitor import SAMPLE, Monitor, read_history
-from training.picture import Picture
 from training.snapshots import Snapshots
 from training.tensorboard import TensorBoardWriter
 from training.verdict import judge

@@ -13,8 +13,8 @@ import numpy as np
 
 from export.bundle import RefusalError, printable, publish, sha256_json, write_file
 from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError, preprocess
+from export.sources.picture import Picture
 from training.duplicates import perceptual_hash
-from training.picture import Picture
 
 FORMAT = 2  # of the notes; part of each shard's listing
 UNREAD_SHARE = 0.1  # of a shard's pictures; when more cannot be read, the disk or the store is at fault

@@ -21,11 +21,11 @@ from torch import Tensor
 from export.bundle import Embeddings, Verdict
 from export.edits import EDITS
 from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError
+from export.sources.picture import Picture
 from training.encoder import VisionTransformer, class_features
 from training.evaluate.label_free import compare, label_free_all
 from training.evaluate.metrics import Interval, bootstrap
 from training.evaluate.retrieval import Labels, retrieve
-from training.picture import Picture
 from training.presets import ViewPreset
 
 PICTURES = 1000

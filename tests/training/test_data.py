@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 import training.cache
 from export.bundle import RefusalError
 from export.preprocess import PreprocessSpec, find_pictures, preprocess
+from export.sources.picture import Picture
 from likewise import main
 from tests.conftest import TINY, encode, noise
 from tests.shapes import write_shapes
 from training.cache import PictureCache, build_cache
 from training.knn import knn_accuracy, pixel_features
-from training.picture import Picture
 
 CPU = torch.device("cpu")
 

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from export.bundle import RefusalError
-from export.preprocess import PictureFile, UnreadablePictureError, find_pictures
+from export.preprocess import DecodeLimits, PictureFile, UnreadablePictureError, find_pictures
+from export.sources.listing import Sources, list_sources
+from export.sources.lists import read_list
+from export.sources.picture import SourcePicture, picture_at
 from tests.conftest import encode, noise
 from tests.shapes import write_shapes
 from training.cache import build_cache
-from training.sources import SourcePicture, Sources, list_sources
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -370,3 +372,126 @@ def test_a_picture_that_vanishes_is_unreadable_not_fatal(store: str, pictures: P
         remote[0].read()
     cache = build_cache(tmp_path / "c", remote, "store", 16, 1, lambda _: None)
     assert len(cache) == 1 and cache.unreadable[0][0] == "0.jpg"
+
+
+def test_what_lists_and_tars_say_of_pictures_becomes_fields(shard: Path, pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow comes with the [serve] extra")
+    first, second, third = (p.path for p in find_pictures(pictures)[:3])
+    columns = "path,label,n,x,flag,day,code,note,"
+    rows = [f"{first},7,1,0.5,true,2024-01-02,007,a,", f"{second},,,2,false,,12,,", f'{third},c,3,1,true,,9,"b, c",']
+    (tmp_path / "l.csv").write_text("\ufeff" + "\n\n".join([columns, *rows]) + "\n")
+    found = [json.loads(i.fields) for i in list_sources([str(tmp_path / "l.csv")], with_fields=True).items]  # type: ignore[attr-defined]
+    assert found == [
+        {"folder": "", "label": "7", "n": 1, "x": 0.5, "flag": True, "day": "2024-01-02", "code": "007", "note": "a"},
+        {"folder": "", "x": 2.0, "flag": False, "code": "12"},
+        {"folder": "", "label": "c", "n": 3, "x": 1.0, "flag": True, "code": "9", "note": "b, c"},
+    ]
+    (tmp_path / "l.jsonl").write_text(json.dumps({"uri": str(first), "tags": ["a"], "in": {"b": None}, "gone": None}))
+    (only,) = list_sources([str(tmp_path / "l.jsonl")], with_fields=True).items
+    assert json.loads(only.fields) == {"tags": ["a"], "in": {"b": None}}  # type: ignore[attr-defined]
+    (tmp_path / "l.jsonl").write_text(json.dumps({"path": str(first)}))
+    assert [i.fields for i in list_sources([str(tmp_path / "l.jsonl")], with_fields=True).items] == [""]  # type: ignore[attr-defined]
+    for index in (None, tmp_path / "index", tmp_path / "index"):
+        found = [i.fields for i in list_sources([str(shard)], index, with_fields=True).items]  # type: ignore[attr-defined]
+        assert found == ['{"folder": "", "label": "0"}', '{"folder": "", "label": "1"}', "", ""]
+        assert all(not i.fields for i in list_sources([str(shard)], index).items)  # type: ignore[attr-defined]
+
+
+def test_a_type_is_that_of_every_cell(pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow comes with the [serve] extra")
+    paths = [p.path for p in find_pictures(pictures)] * 2000
+    (tmp_path / "l.csv").write_text("path,n\n" + "".join(f"x{i}-{p},{i}\n" for i, p in enumerate(paths)) + "last,two\n")
+    rows = list(read_list("l.csv", (tmp_path / "l.csv").read_bytes(), with_fields=True))  # several blocks of Arrow's
+    assert rows[0].fields == '{"n": "0"}' and rows[-1].fields == '{"n": "two"}' and rows[-1].line == len(paths) + 2
+
+
+def test_values_that_no_payload_can_hold_are_refused_with_the_line(pictures: Path, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow comes with the [serve] extra")
+    import pyarrow.parquet as pq
+
+    path = str(find_pictures(pictures)[0].path)
+    pq.write_table(pa.table({"path": [path, path], "raw": [None, b"x"]}), tmp_path / "l.parquet")
+    with pytest.raises(RefusalError, match=r"l\.parquet line 2 cannot become a payload \(a value of type bytes\)"):
+        list_sources([str(tmp_path / "l.parquet")], with_fields=True)
+    (tmp_path / "l.csv").write_text(f"path,x\n{path},1\nother.jpg,inf\n")
+    with pytest.raises(RefusalError, match=r"l\.csv line 3 cannot become a payload"):
+        list_sources([str(tmp_path / "l.csv")], with_fields=True)
+
+
+def test_a_picture_is_found_again_by_its_uri(shard: Path, store: str, pictures: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd #1 ?ü"
+    odd.mkdir()
+    (odd / "a b%20.jpg").write_bytes(encode(noise(20, 16)))
+    (odd / "l.csv").write_text("path\na b%20.jpg\n")
+    (odd / "s#1.tar").write_bytes(shard.read_bytes())
+    (tmp_path / "linked").symlink_to(odd)
+    specs = [
+        str(pictures), str(tmp_path / "linked"), f"{odd}/*.jpg", str(odd / "l.csv"), str(odd / "s#1.tar"), odd.as_uri(),
+        f"{store}/a", f"{store}/list.csv", f"{store}/s.tar", f"simplecache::{store}/s.tar",
+    ]  # fmt: skip
+    for spec in specs:
+        items = list_sources([spec] if "odd" not in spec or "://" not in spec else [f"file://{odd}"]).items
+        assert items
+        for item in items:
+            again = picture_at(item.uri, item.key)
+            assert again.read() == item.read() and again.key == item.key and again.uri == item.uri
+            if item.uri.startswith("file:") and not getattr(item, "is_remote", False):
+                assert (again.size, again.mtime_ns) == (item.size, item.mtime_ns)
+    tar = list_sources([str(shard)]).items[1]
+    assert tar.uri == f"{shard.as_uri()}#bytes={tar.offset}-{tar.offset + tar.size - 1}"  # type: ignore[attr-defined]
+    assert list_sources([str(tmp_path / "linked")]).items[0].uri == (odd / "a b%20.jpg").as_uri()
+    remote = list_sources([f"{store}/s.tar"]).items[0]
+    assert remote.uri.startswith("memory://") and "/store/s.tar#bytes=" in remote.uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("", "no address of a picture"),
+        ("photos/a.jpg", "no address of a picture"),
+        ("file://other-host/a.jpg", "no file of this machine"),
+        ("file://[a.jpg", "no file of this machine"),
+        ("file:///s.tar#bytes=", "#bytes=FIRST-LAST"),
+        ("file:///s.tar#bytes=9-8", "#bytes=FIRST-LAST"),
+        ("file:///s.tar#bytes=-8", "#bytes=FIRST-LAST"),
+        ("s3://b/s.tar#bytes=1-2,4-5", "#bytes=FIRST-LAST"),
+        ("s3://b/s.tar#bytes=１-2", "#bytes=FIRST-LAST"),
+    ],
+)
+def test_uris_that_name_no_picture_are_refused(uri: str, expected: str) -> None:
+    with pytest.raises(RefusalError, match=expected):
+        picture_at(uri, "key")
+
+
+def test_what_lies_at_a_uri_no_more_is_unreadable(shard: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnreadablePictureError, match="No such file"):
+        picture_at((tmp_path / "gone.jpg").as_uri(), "gone").read()
+    end = shard.stat().st_size
+    with pytest.raises(UnreadablePictureError, match="ends before byte"):
+        picture_at(f"{shard.as_uri()}#bytes={end - 10}-{end + 10}", "cut").read()
+    with pytest.raises(UnreadablePictureError, match="at most 10 are accepted"):
+        picture_at(f"{shard.as_uri()}#bytes=0-99", "large").read(DecodeLimits(max_bytes=10))
+
+
+def test_a_server_without_ranges_is_refused_before_anything_is_read(store: str) -> None:
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Whole(MemoryFileSystem):  # type: ignore[misc]
+        """Answers as servers do that ignore the header Range."""
+
+        protocol = "whole"
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            stripped: str = super()._strip_protocol(path.replace("whole://", "memory://"))
+            return stripped
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: object) -> bytes:
+            data: bytes = super().cat_file(path)
+            return data
+
+    fsspec.register_implementation("whole", Whole, clobber=True)
+    with pytest.raises(RefusalError, match=r"s\.tar: the server sends whole files where parts are asked for"):
+        list_sources(["whole://store/s.tar"])
+    assert len(list_sources(["whole://store/a"]).items) == 2  # whole files are what is wanted there

@@ -7,87 +7,24 @@ A *spec* is what the user types. `{0000..0009}` expands as in a shell. Tar membe
 from __future__ import annotations
 
 import glob
+import json
 import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from export.bundle import RefusalError, list_pictures
-from export.preprocess import DEFAULT_LIMITS, SUFFIXES, PictureFile, UnreadablePictureError, first_folder, key_of
-from training.lists import LIST_SUFFIXES, read_list
-from training.picture import Picture
-from training.tars import TAR_SUFFIX, tar_members
-from training.urls import URL, beside, chained, is_url, open_url, version_of, why_unknown
+from export.preprocess import SUFFIXES, PictureFile, UnreadablePictureError, first_folder, key_of
+from export.sources.lists import LIST_SUFFIXES, read_list
+from export.sources.picture import NO_RANGES, Picture, SourcePicture
+from export.sources.tars import TAR_SUFFIX, tar_members
+from export.sources.urls import URL, beside, chained, is_url, open_url, version_of, why_unknown
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAGIC = re.compile(r"[*?\[]")
-_ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class SourcePicture:
-    """A picture of a source: a whole file, or a stretch of one."""
-
-    key: str
-    """Unique name in its `Sources`, UTF-8, with `/`."""
-    size: int
-    """Bytes, 0 where unknown."""
-    mtime_ns: int
-    """Changes with the contents: time of last change, or a number made from the store's etag; 0 where unknown."""
-    folder: str
-    """Label, or ''."""
-    where: Path | str
-    """A local path or a URL."""
-    offset: int | None = None
-    """Where it begins in that file; None for the whole file."""
-
-    @property
-    def label(self) -> str | None:
-        """`folder`, None for ''."""
-        return self.folder or None
-
-    def read(self) -> bytes:
-        """The encoded picture. Raises `UnreadablePictureError`, from the `OSError` where reading failed."""
-        if self.size > DEFAULT_LIMITS.max_bytes:
-            raise UnreadablePictureError(
-                "IMAGE_TOO_LARGE",
-                f"the picture has {self.size:,} bytes, at most {DEFAULT_LIMITS.max_bytes:,} are accepted: shrink it first",
-            )
-        try:
-            return self._remote() if isinstance(self.where, str) else self._local(self.where)
-        except RefusalError as e:  # of one URL among many
-            raise UnreadablePictureError("IMAGE_UNDECODABLE", str(e)) from None
-        except OSError as e:
-            why = e.strerror or str(e) or type(e).__name__
-            raise UnreadablePictureError("IMAGE_UNDECODABLE", f"the file cannot be read ({why})") from e
-
-    def _local(self, path: Path) -> bytes:
-        if self.offset is None:
-            return path.read_bytes()
-        with path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-    def _remote(self) -> bytes:
-        start = self.offset
-        end = None if start is None else start + self.size
-        for attempt in range(_ATTEMPTS):
-            try:
-                files, path = open_url(str(self.where))
-                data: bytes = files.cat_file(path, start=start, end=end)
-                return data
-            except (RefusalError, FileNotFoundError, PermissionError):
-                raise
-            except OSError:
-                if attempt == _ATTEMPTS - 1:
-                    raise
-            except Exception as e:  # clients of stores raise their own classes (aiohttp, botocore)
-                if attempt == _ATTEMPTS - 1:
-                    raise OSError(None, f"{type(e).__name__}: {e}") from None
-        raise AssertionError("unreachable")
 
 
 @dataclass
@@ -107,8 +44,8 @@ class Sources:
         return [item.folder or None for item in self.items]
 
 
-def list_sources(specs: Sequence[str], index_folder: Path | None = None) -> Sources:
-    """All pictures that `specs` name, with unique keys.
+def list_sources(specs: Sequence[str], index_folder: Path | None = None, with_fields: bool = False) -> Sources:
+    """All pictures that `specs` name, with unique keys; `with_fields` (pyarrow) with what lists and tars say of them.
 
     A single folder gives `PictureFile`s under their paths below it; several specs prefix each key with the spec's name.
     Labels are a list's `label` column, a tar's `.cls` files, otherwise the first folder of the key.
@@ -129,7 +66,7 @@ def list_sources(specs: Sequence[str], index_folder: Path | None = None) -> Sour
     taken: set[str] = set()
     for spec in expanded:
         unreadable: list[tuple[str, str]] = []
-        finder = _Finder(unreadable, index_folder)
+        finder = _Finder(unreadable, index_folder, with_fields)
         found = list(finder.remote(spec) if is_url(spec) else finder.local(spec))
         if not found:
             why = f": for example {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ": check the spelling"
@@ -162,9 +99,11 @@ def expand_braces(spec: str) -> list[str]:
 class _Finder:
     """Finds the pictures of one spec."""
 
-    def __init__(self, unreadable: list[tuple[str, str]], index_folder: Path | None) -> None:
+    def __init__(self, unreadable: list[tuple[str, str]], index_folder: Path | None, with_fields: bool) -> None:
         self._unreadable = unreadable
         self._index_folder = index_folder
+        self._with_fields = with_fields
+        self._has_ranges = False
 
     def local(self, spec: str) -> Iterator[Picture]:
         """Of a local path or glob."""
@@ -187,7 +126,7 @@ class _Finder:
         """Of a URL."""
         files, path = open_url(url)
         try:
-            if _MAGIC.search(path):
+            if _MAGIC.search(path) and not files.exists(path):
                 infos = files.glob(path, detail=True)
                 root = "/".join(_before_magic(path.split("/")))
             elif files.isdir(path):
@@ -207,7 +146,9 @@ class _Finder:
                 yield from self._listed(full, files.cat_file(name))
             elif _is(name, (TAR_SUFFIX,)):
                 with files.open(name, "rb") as file:
-                    yield from self._tar_members(PurePosixPath(name).name, file, size, version, full)
+                    members = list(self._tar_members(PurePosixPath(name).name, file, size, version, full))
+                self._try_ranges(full, members[:1])
+                yield from members
             elif _is(name, tuple(SUFFIXES)):
                 yield SourcePicture(key, size, version, first_folder(key), full)
 
@@ -230,26 +171,42 @@ class _Finder:
 
     def _tar_members(self, name: str, file: Any, size: int, version: int, where: Path | str) -> Iterator[SourcePicture]:
         for member in tar_members(name, file, size, self._unreadable, self._index_folder, f"{where}/{version}"):
-            yield SourcePicture(member.key, member.size, version, member.label, where, member.offset)
+            fields = self._fields(member.folder, member.label) if member.is_labelled else ""
+            yield SourcePicture(member.key, member.size, version, member.label, where, member.offset, fields)
+
+    def _try_ranges(self, url: str, members: Sequence[SourcePicture]) -> None:
+        """Read the first member of the first remote tar. Raises `RefusalError` where its server knows no ranges."""
+        if self._has_ranges:
+            return
+        for member in members:
+            try:
+                member.read()
+                self._has_ranges = True
+            except UnreadablePictureError as e:  # of the member itself, building says it
+                if str(e) == NO_RANGES:
+                    raise RefusalError(f"{url}: {NO_RANGES}") from None
 
     def _listed(self, where: str, data: bytes) -> Iterator[SourcePicture]:
         """The pictures of a list; relative paths start at the list's folder."""
         remote = is_url(where)
         seen: dict[str, int] = {}
-        for line, name, label in read_list(where, data):
+        for line, name, label, fields in read_list(where, data, self._with_fields):
             key = unicodedata.normalize("NFC", name)
             if key in seen:
                 self._unreadable.append((key, f"line {line} of the list repeats line {seen[key]}"))
                 continue
             seen[key] = line
-            folder = first_folder(key) if label is None and not is_url(key) else label or ""
+            folder = "" if is_url(key) else first_folder(key)
+            if label is not None:
+                fields = self._fields(folder, label, fields)
+                folder = label
             if remote and not is_url(name):
                 name = beside(where, name)
             if is_url(name):
                 if reason := why_unknown(name, f"{where} line {line}"):
                     self._unreadable.append((key, f"line {line} of the list {reason}"))
                     continue
-                yield SourcePicture(key, 0, 0, folder, name)
+                yield SourcePicture(key, 0, 0, folder, name, fields=fields)
                 continue
             path = Path(where).parent / name
             try:
@@ -261,7 +218,14 @@ class _Finder:
             if not stat.S_ISREG(status.st_mode):
                 self._unreadable.append((key, f"line {line} of the list names something that is not a file"))
                 continue
-            yield SourcePicture(key, status.st_size, status.st_mtime_ns, folder, path)
+            yield SourcePicture(key, status.st_size, status.st_mtime_ns, folder, path, fields=fields)
+
+    def _fields(self, folder: str, label: str, others: str = "") -> str:
+        """The fields of a picture that has a label, which is not its folder."""
+        if not self._with_fields:
+            return ""
+        known = {"folder": folder, **({"label": label} if label else {})}
+        return json.dumps({**known, **(json.loads(others) if others else {})})
 
 
 def _named_lists(pattern: str) -> tuple[str, ...]:
@@ -277,10 +241,11 @@ def _before_magic(parts: Sequence[str]) -> Iterator[str]:
 
 
 def _renamed(item: Picture, key: str) -> Picture:
-    if key == item.key:
-        return item
-    where = item.path if isinstance(item, PictureFile) else getattr(item, "where")  # noqa: B009
-    return SourcePicture(key, item.size, item.mtime_ns, item.folder, where, getattr(item, "offset", None))
+    """Under another key; what it was labelled with stays."""
+    if isinstance(item, SourcePicture):
+        return replace(item, key=key)
+    assert isinstance(item, PictureFile)
+    return item if key == item.key else SourcePicture(key, item.size, item.mtime_ns, item.folder, item.path)
 
 
 def _is(name: str, suffixes: tuple[str, ...]) -> bool:

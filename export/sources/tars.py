@@ -13,7 +13,7 @@ from export.bundle import RefusalError, make_folder, sha256_json, write_file
 from export.preprocess import SUFFIXES, first_folder
 
 TAR_SUFFIX = ".tar"
-FORMAT = 2  # of a stored index
+FORMAT = 3  # of a stored index
 _BLOCK = 512
 
 
@@ -29,6 +29,10 @@ class Member(NamedTuple):
     label: str
     """Text of the `.cls` file of the same sample (WebDataset: the same name up to the first dot), otherwise the first
     folder of the member, or ''."""
+    folder: str
+    """The first folder of the member, or ''."""
+    is_labelled: bool
+    """Whether there is such a file."""
 
 
 def tar_members(
@@ -106,8 +110,9 @@ class _Index:
                 unreadable.append((f"{stem}/{path}", why))
             else:
                 whole = path.rpartition(".")[0]
-                label = self.labels.get(whole, self.labels.get(_sample(path), first_folder(path)))
-                found.append(Member(f"{stem}/{path}", *stretch, label))
+                label, folder = self.labels.get(whole, self.labels.get(_sample(path))), first_folder(path)
+                given = folder if label is None else label
+                found.append(Member(f"{stem}/{path}", *stretch, given, folder, label is not None))
         return found
 
     def _follow(self, path: str) -> tuple[int, int] | None:
