@@ -38,7 +38,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
         "service.build",
         "IndexBuild",
         "cpu,serve",
-        "embed a folder and build a collection; again to update it",
+        "embed pictures and build a collection; again to update it",
     ),
     ("index", "sync"): (
         "service.config",
@@ -69,6 +69,12 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
     ("index", "restore"): ("service.index_command", "IndexRestore", "cpu,serve", "make a collection of a snapshot"),
     ("index", "add"): ("service.transfer", "IndexAdd", "cpu,serve", "add embeddings that were computed elsewhere"),
     ("index", "merge"): ("service.merge", "IndexMerge", "cpu,serve", "make one collection of several"),
+    ("index", "reembed"): (
+        "service.reembed",
+        "IndexReembed",
+        "cpu,serve",
+        "embed a collection, in use or not, with another bundle",
+    ),
     ("index", "export"): ("service.transfer", "IndexExport", "cpu,serve", "write a collection as npy and Parquet"),
     ("index", "evaluate"): (
         "service.evaluate",

@@ -1,51 +1,48 @@
-"""`likewise index build` and `sync`: a folder of pictures → a collection, resumable shard by shard.
+"""`likewise index build` and `sync`: pictures → a collection, resumable shard by shard.
 
-Unit of work: a shard of pictures → its vectors and a note that makes them valid, each written whole. When all shards
-are there they become one segment in one commit. Killed at any point, the same command continues; run again later, it
-adds what is new or changed.
+Shards of pictures are embedded in a work folder; groups of them become segments, in one commit each. Neither vectors nor
+rows of more than a group are ever in memory. Killed at any point, the same command continues; run again later, it adds what
+is new or changed.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
-import zlib
-from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from itertools import zip_longest
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import numpy as np
+import pyarrow as pa
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from export.bundle import (
-    Bundle,
-    Embeddings,
-    RefusalError,
-    list_pictures,
-    printable,
-    publish,
-    sha256_file,
-    sha256_json,
-    write_file,
-    write_unreadable,
-)
-from export.preprocess import PictureFile, UnreadablePictureError, find_pictures
+from export.bundle import Bundle, RefusalError, printable, write_unreadable
+from export.sources.picture import Picture
 from service.changes import Changes, compare
 from service.collection import Collection
 from service.config import IndexBuild, IndexSync
-from service.encoder import BUILD_BATCH, Decoded, Encoder
-from service.fields import Fields, plain, read_fields
-from service.records import MAX_KEY_BYTES, FileState, NewRow
+from service.embedding import Embedder, Shard
+from service.encoder import Encoder
+from service.fields import Fields
+from service.found import Found, fields_of, find, table_of
+from service.gpu_index import keep_to_cpu
+from service.records import FileState, NewRow
 from service.store import NAME, NAME_RULE
 
-SHARD = 512
-Decoding = deque[Future[Decoded | UnreadablePictureError]]
-NOTE = 3  # format of a shard's note
+# Shards are joined into segments of about so many rows.
+GROUP = 1_000_000
+# Rows that are moved in one commit.
+_MOVED = 512
+_COLUMNS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("payload", pa.string()),
+        ("source_uri", pa.string()),
+        ("file_size", pa.int64()),
+        ("file_mtime_ns", pa.int64()),
+    ]
+)
 
 
 def build(asked: IndexBuild) -> None:
@@ -60,88 +57,40 @@ def sync(asked: IndexSync) -> None:
 
 def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    unread: list[tuple[str, str]] = []
-    there = (asked.out / "collection.json").is_file()
-    if following is not None and there and asked.images.is_dir():
-        found = find_pictures(asked.images, unread)  # none at all is an answer, too
-    else:
-        found = list_pictures(asked.images, unread)
-    if asked.shard is not None:
-        if following is not None:
-            raise RefusalError(
-                "a shard cannot follow a folder, of which it holds a part: sync without --shard, or build"
-            )
-        number, shards = map(int, asked.shard.split("/"))
-        if number > shards:
-            raise RefusalError(f"there is no shard {number} of {shards}: write i/n, with i from 1 to n")
-        found = [picture for picture in found if zlib.crc32(picture.key.encode()) % shards == number - 1]
+    if asked.device == "cpu":
+        keep_to_cpu()
     if not NAME.fullmatch(asked.out.name):
         raise RefusalError(f"{asked.out.name!r} cannot be a collection's name: {NAME_RULE}; choose another --out")
-    fields = {} if asked.payload is None else read_fields(asked.payload)
-    if asked.payload is not None and not any(picture.key in fields for picture in found):
-        raise RefusalError(
-            f"{asked.payload} has no row for any picture of {asked.images}: its keys must be paths below the folder, such "
-            f"as {found[0].key if found else 'shelf/1.jpg'}"
-        )
+    is_there = (asked.out / "collection.json").is_file()
     bundle = Bundle.open(asked.bundle)
-    dry = following is not None and following.dry_run
-    if there:
-        collection = Collection(asked.out, bundle.space_id)
-        try:
-            asked.check(collection.manifest.policy, asked.out)
-        except RefusalError:
-            collection.close()
-            raise
-    elif dry:
-        console.print(f"{len(found):,} pictures to embed into a new collection; nothing was done (--dry-run)")
+    found = find(asked, following is not None, is_there)
+    table = table_of(asked, found)
+    if following is not None and following.dry_run and not is_there:
+        console.print(f"{len(found.pictures):,} pictures to embed into a new collection; nothing was done (--dry-run)")
         return
-    else:
-        collection = Collection.create(asked.out, bundle.space_id, bundle.dim, asked.policy())
+    collection = _opened(asked, bundle, is_there)
     try:
         before = collection.files()
-        changes = compare(before, found, asked.images, [key for key, _ in unread])
-        if following is None:  # nothing goes, so what was renamed is there twice
-            renamed = [p for old, p in changes.moved if old != p.key]
-            changes = changes._replace(
-                embed=sorted([*changes.embed, *renamed]), moved=[(old, p) for old, p in changes.moved if old == p.key]
-            )
-        allowed = None if following is None else following.max_delete * sum(s.size is not None for s in before.values())
-        _announce(changes, len(found), asked, following is not None, console)
-        if following is not None and allowed is not None and len(changes.gone) + len(changes.replaced) > allowed:
-            raise RefusalError(
-                f"{len(changes.gone):,} items have no file in {asked.images} (any more), and {len(changes.replaced):,} of "
-                f"files elsewhere would be replaced, of {len(before):,}: more than --max-delete "
-                f"{following.max_delete:g} allows; nothing was done. Check that the folder is the right one and is mounted, "
-                "or pass --max-delete 1"
-            )
-        if dry:
+        changes = compare(before, found.pictures, found.folder, [key for key, _ in found.unreadable])
+        if following is None:
+            changes = _without_renaming(changes)
+        _announce(changes, found, following is not None, console)
+        run = _Run(asked, bundle, collection, console, found, table, before)
+        most = None if following is None else _most_deletions(following, changes, before, found)
+        if following is not None and following.dry_run:
             _say(changes, console)
             return
-        if asked.payload is None:  # new bytes or a new name: what was known of the picture stays
-            again = [(p.key, p) for p in changes.embed if p.key in before] + changes.moved
-            fields = {p.key: _known(collection.get(old).row.payload) for old, p in again}
         # What comes before what goes: interrupted in between, nothing is missing.
-        written, unreadable, undecodable = _fill(collection, asked, bundle, changes.embed, fields, unread, console)
+        done = run.embed(changes.embed)
         collection.touch((p.key, p.mtime_ns) for p in changes.touched)
-        for low in range(0, len(changes.moved), SHARD):
-            part = changes.moved[low : low + SHARD]
-            collection.move([(old, _row({**_about(p), "sha256": before[old].sha256}, fields)) for old, p in part])
-        if asked.payload is not None:
-            described = _describe(collection, found, before, fields)
-            console.print(f"{described:,} items that were there have another payload now")
-        deleted = 0
-        if allowed is not None:
-            broken = [key for key in undecodable if key in before]  # their new bytes are no picture
-            if len(changes.gone) + len(changes.replaced) + len(broken) > allowed:
-                console.print(f"{len(broken):,} items whose file is no picture any more stay: see --max-delete")
-                broken = []
-            collection.delete([*changes.gone, *broken])
-            deleted = len(changes.gone) + len(broken)
+        run.move(changes.moved)
+        run.describe()
+        deleted = 0 if most is None else run.delete(changes, done.undecodable, most)
         if collection.flush_due or collection.merge_due:
             console.print("merging segments")
             collection.maintain()
         console.print(
-            f"done: {asked.out} holds {len(collection):,} items ({written:,} written now, {unreadable} skipped"
+            f"done: {asked.out} holds {len(collection):,} items ({done.written:,} written now, {done.unreadable} skipped"
             f"{f', {deleted:,} deleted' if following is not None else ''})   "
             f"next: likewise serve --bundle {asked.bundle} --collections {asked.out}"
         )
@@ -149,13 +98,50 @@ def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
         collection.close()
 
 
-def _announce(changes: Changes, found: int, asked: IndexBuild, deletes: bool, console: Console) -> None:
+def _opened(asked: IndexBuild, bundle: Bundle, is_there: bool) -> Collection:
+    if not is_there:
+        return Collection.create(
+            asked.out, bundle.space_id, bundle.dim, asked.policy(), keep_originals=asked.keep_originals,
+            thumbnail_pixels=asked.thumbnails or 0,
+        )  # fmt: skip
+    collection = Collection(asked.out, bundle.space_id)
+    try:
+        asked.check(collection.manifest.policy, asked.out)
+    except RefusalError:
+        collection.close()
+        raise
+    return collection
+
+
+def _without_renaming(changes: Changes) -> Changes:
+    """Where nothing goes, what was renamed is there twice."""
+    renamed = [p for old, p in changes.moved if old != p.key]
+    kept = [(old, p) for old, p in changes.moved if old == p.key]
+    return changes._replace(embed=sorted([*changes.embed, *renamed], key=lambda p: p.key), moved=kept)
+
+
+def _most_deletions(following: IndexSync, changes: Changes, before: Mapping[str, FileState], found: Found) -> float:
+    """How many items may go. Raises `RefusalError` where more would."""
+    most = following.max_delete * sum(state.size is not None for state in before.values())
+    if len(changes.gone) + len(changes.replaced) > most:
+        raise RefusalError(
+            f"{len(changes.gone):,} items have no file in {found.name} (any more), and {len(changes.replaced):,} of "
+            f"files elsewhere would be replaced, of {len(before):,}: more than --max-delete "
+            f"{following.max_delete:g} allows; nothing was done. Check that the folder is the right one and is mounted, "
+            "or pass --max-delete 1"
+        )
+    return most
+
+
+def _announce(changes: Changes, found: Found, deletes: bool, console: Console) -> None:
     """What was found, in one line, and what is left alone."""
-    unchanged = found - sum(len(part) for part in (changes.embed, changes.touched, changes.moved, changes.owned))
-    gone = f"; {len(changes.gone):,} items have no file in {asked.images} (any more)" if changes.gone else ""
+    count = len(found.pictures)
+    unchanged = count - sum(len(part) for part in (changes.embed, changes.touched, changes.moved, changes.owned))
+    gone = f"; {len(changes.gone):,} items have no file in {found.name} (any more)" if changes.gone else ""
+    moved = "under a new name" if found.folder is not None else "at a new place"
     console.print(
-        f"{found:,} pictures: {unchanged:,} as they were, {len(changes.embed):,} to embed, {len(changes.touched):,} with a "
-        f"new time only, {len(changes.moved):,} under a new name{gone}{' and stay' if gone and not deletes else ''}"
+        f"{count:,} pictures: {unchanged:,} as they were, {len(changes.embed):,} to embed, {len(changes.touched):,} with a "
+        f"new time only, {len(changes.moved):,} {moved}{gone}{' and stay' if gone and not deletes else ''}"
     )
     if changes.owned:
         console.print(f"{len(changes.owned):,} files are left alone, a client wrote their item: {changes.owned[0]}, …")
@@ -172,172 +158,164 @@ def _say(changes: Changes, console: Console) -> None:
     console.print("nothing was done (--dry-run)")
 
 
-def _fill(
-    collection: Collection,
-    asked: IndexBuild,
-    bundle: Bundle,
-    todo: list[PictureFile],
-    fields: Fields,
-    unlisted: list[tuple[str, str]],
-    console: Console,
-) -> tuple[int, int, list[str]]:
-    """Embed pictures into a segment of their own: how many were written, how many skipped, and the keys of those whose
-    bytes were read and are no picture."""
-    work = asked.out / "building"
-    if not todo:
-        shutil.rmtree(work, ignore_errors=True)  # of a build whose pictures are gone
-        write_unreadable(asked.out / "unreadable.tsv", unlisted)
-        return 0, len(unlisted), []
-    work.mkdir(exist_ok=True)
-    encoder = Encoder(bundle, asked, console.print)
-    refusal = encoder.mixing_refusal(collection.origins)
-    if refusal is not None:
-        encoder.close()
-        raise RefusalError(refusal)
-    console.print(
-        f"embedding with {bundle.space_id}, {encoder.runtime.variant} on {encoder.runtime.provider} "
-        f"({encoder.runtime.provider_reason})"
-    )
-    parts = [todo[low : low + SHARD] for low in range(0, len(todo), SHARD)]
-    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-            task = progress.add_task("", total=len(todo))
-            kept = [_noted(work, number, part, encoder) for number, part in enumerate(parts)]
-            left = [number for number, note in enumerate(kept) if note is None]
-            progress.advance(task, sum(len(part) for part, note in zip(parts, kept, strict=True) if note is not None))
-            ahead = _decoding(parts[left[0]] if left else [], encoder)
-            for number, following in zip_longest(left, left[1:]):
-                # The next shard is decoded while this one is embedded.
-                decoding, ahead = ahead, _decoding([] if following is None else parts[following], encoder)
-                kept[number] = _shard(work, number, parts[number], encoder, decoding)
-                progress.advance(task, len(parts[number]))
-    finally:
-        encoder.close()
-    notes = [note for note in kept if note is not None]  # all of them
-    unreadable = [*unlisted, *((key, reason) for note in notes for key, reason, _ in note["unreadable"])]
-    undecodable = [key for note in notes for key, _, was_read in note["unreadable"] if was_read]
-    write_unreadable(asked.out / "unreadable.tsv", unreadable)
-    rows = [_row(row, fields, encoder.origin) for note in notes for row in note["rows"]]
-    if rows:
-        vectors = np.concatenate([np.load(work / f"{i:06d}.npy") for i, note in enumerate(notes) if note["rows"]])
-        console.print(f"writing a segment of {len(rows):,} vectors of {bundle.dim} dimensions")
-        collection.add_segment(rows, vectors)
-    shutil.rmtree(work)
-    for key, reason in unreadable[:5]:
-        console.print(f"skipped {printable(key)}: {reason}")
-    if len(unreadable) > 5:
-        console.print(f"… and {len(unreadable) - 5} more: see {asked.out / 'unreadable.tsv'}")
-    animated = sum(note["animated"] for note in notes)
-    if animated:
-        console.print(f"{animated} pictures are animated: their first frame was used")
-    return len(rows), len(unreadable), undecodable
+class _Embedded(NamedTuple):
+    """What became of the pictures that were to be embedded."""
+
+    written: int
+    unreadable: int
+    undecodable: list[str]
+    """Keys of those whose bytes were read and are no picture."""
 
 
-def _files(work: Path, number: int) -> tuple[Path, Path]:
-    """A shard's vectors, and its note."""
-    return work / f"{number:06d}.npy", work / f"{number:06d}.json"
+@dataclass
+class _Run:
+    """A collection that is being brought up to its pictures, one step after another."""
 
+    asked: IndexBuild
+    bundle: Bundle
+    collection: Collection
+    console: Console
+    found: Found
+    table: Fields | None
+    before: Mapping[str, FileState]
 
-def _listing(part: Sequence[PictureFile], encoder: Encoder) -> str:
-    """What a shard is made of."""
-    return sha256_json([NOTE, encoder.space_id, encoder.origin, [(p.key, p.size, p.mtime_ns) for p in part]])
+    def embed(self, todo: Sequence[Picture]) -> _Embedded:
+        """Embed pictures, group by group, into segments of their own; list those that cannot be."""
+        work, unread = self.asked.out / "building", self.found.unreadable
+        if not todo:
+            shutil.rmtree(work, ignore_errors=True)  # of a build whose pictures are gone
+            write_unreadable(self.asked.out / "unreadable.tsv", unread)
+            return _Embedded(0, len(unread), [])
+        encoder = Encoder(self.bundle, self.asked, self.console.print)
+        try:
+            refusal = encoder.mixing_refusal(self.collection.origins)
+            if refusal is not None:
+                raise RefusalError(refusal)
+            self.console.print(
+                f"embedding with {self.bundle.space_id}, {encoder.runtime.variant} on {encoder.runtime.provider} "
+                f"({encoder.runtime.provider_reason})"
+            )
+            embedder = Embedder(work, encoder, self.console, self._thumbnail())
+            written, animated = self._in_groups(embedder, todo, encoder.origin)
+        finally:
+            encoder.close()
+        unreadable = [*unread, *((unread.key, unread.reason) for unread in embedder.tried)]
+        write_unreadable(self.asked.out / "unreadable.tsv", unreadable)
+        embedder.remove()
+        for key, reason in unreadable[:5]:
+            self.console.print(f"skipped {printable(key)}: {reason}")
+        if len(unreadable) > 5:
+            self.console.print(f"… and {len(unreadable) - 5} more: see {self.asked.out / 'unreadable.tsv'}")
+        if animated:
+            self.console.print(f"{animated} pictures are animated: their first frame was used")
+        return _Embedded(written, len(unreadable), [unread.key for unread in embedder.tried if unread.was_read])
 
+    def _in_groups(self, embedder: Embedder, todo: Sequence[Picture], origin: str) -> tuple[int, int]:
+        """How many rows were written, and how many pictures are animated."""
+        written = animated = 0
+        group: list[tuple[pa.Table, Shard]] = []
 
-def _noted(work: Path, number: int, part: Sequence[PictureFile], encoder: Encoder) -> dict[str, Any] | None:
-    """The note of a shard as an earlier start left it; None where it is absent or of another listing."""
-    vectors_file, note_file = _files(work, number)
-    try:
-        note: dict[str, Any] = json.loads(note_file.read_bytes())
-        if note["listing"] == _listing(part, encoder) and note["sha256"] == sha256_file(vectors_file):
-            return note
-    except (OSError, ValueError, KeyError):
-        pass
-    return None
+        def store() -> None:
+            nonlocal written
+            rows = pa.concat_tables([rows for rows, _ in group])
+            if len(rows):
+                self.console.print(f"writing a segment of {len(rows):,} vectors of {self.bundle.dim} dimensions")
+                self.collection.add_table(rows, [shard.vectors for _, shard in group], origin)
+            # Killed before this, they are in the collection, and nothing looks for their shards any more.
+            embedder.stored([shard for _, shard in group])
+            written += len(rows)
+            group.clear()
 
+        with closing(embedder.shards(todo)) as shards:
+            for shard in shards:
+                group.append((self._rows(shard, todo), shard))
+                animated += shard.animated
+                if sum(len(rows) for rows, _ in group) >= GROUP:
+                    store()
+        if group:
+            store()
+        return written, animated
 
-def _decoding(part: Sequence[PictureFile], encoder: Encoder) -> Decoding:
-    return deque(encoder.decoders.submit(_read, encoder, picture) for picture in part)
+    def _rows(self, shard: Shard, todo: Sequence[Picture]) -> pa.Table:
+        """The rows of a shard, named as the fields of `NewRow`."""
+        rows = [self._row(todo[i], self._known(todo[i].key)) for i in shard.positions]
+        columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in _COLUMNS]
+        table = pa.Table.from_arrays(columns, schema=_COLUMNS)
+        return table.append_column("file_sha256", shard.sha256).append_column("thumbnail", shard.thumbnails)
 
+    def _row(self, picture: Picture, known: Mapping[str, Any]) -> NewRow:
+        """A row without what only its bytes tell. `known`: what stays of its payload where nobody says another."""
+        payload: dict[str, Any] = {"folder": picture.folder}
+        if self._is_described(picture):
+            payload |= json.loads(fields_of(picture) or "{}") | json.loads((self.table or {}).get(picture.key, "{}"))
+        else:
+            payload |= known
+        return NewRow(
+            key=picture.key, payload=json.dumps(payload), source_uri=picture.uri, file_size=picture.size,
+            file_mtime_ns=picture.mtime_ns,
+        )  # fmt: skip
 
-def _shard(
-    work: Path, number: int, part: Sequence[PictureFile], encoder: Encoder,
-    decoding: Decoding,
-) -> dict[str, Any]:  # fmt: skip
-    """Embed one shard; returns its note."""
-    vectors_file, note_file = _files(work, number)
-    rows, unreadable, pixels, animated = [], [], [], 0
-    vectors: list[Embeddings] = []
-    for picture in part:
-        result = decoding.popleft().result()  # pixels go as soon as they are embedded
-        if isinstance(result, UnreadablePictureError):
-            unreadable.append((picture.key, str(result), not isinstance(result.__cause__, OSError)))
-            continue
-        animated += result.animated
-        rows.append({**_about(picture), "sha256": result.sha256})
-        pixels.append(result.pixels)
-        if len(pixels) == BUILD_BATCH:
-            vectors.append(encoder.embed(np.stack(pixels)))
-            pixels = []
-    if pixels:
-        vectors.append(encoder.embed(np.stack(pixels)))
-    temporary = vectors_file.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32))
-    publish(temporary, vectors_file)
-    note = {
-        "listing": _listing(part, encoder), "sha256": sha256_file(vectors_file), "rows": rows, "unreadable": unreadable,
-        "animated": animated,
-    }  # fmt: skip
-    write_file(note_file, json.dumps(note))
-    return note
+    def _is_described(self, picture: Picture) -> bool:
+        """Whether a table or its list says what the payload is."""
+        return self.table is not None or bool(fields_of(picture))
 
+    def _known(self, key: str) -> dict[str, Any]:
+        """The payload of an item that is there, without what follows from its file."""
+        if key not in self.before:
+            return {}
+        payload: dict[str, Any] = json.loads(self.collection.get(key).row.payload)
+        payload.pop("folder", None)
+        return payload
 
-def _about(picture: PictureFile) -> dict[str, Any]:
-    """What a row says of its file, beside the digest."""
-    place = picture.path.parent.resolve() / picture.path.name  # of a link: where it lies, not where it leads
-    return {
-        "key": picture.key, "size": picture.size, "mtime_ns": picture.mtime_ns, "uri": place.as_uri(),
-        "payload": json.dumps({"folder": picture.folder}),
-    }  # fmt: skip
+    def _thumbnail(self) -> int | None:
+        """Pixels of the thumbnails to be made."""
+        asked, kept = self.asked.thumbnails, self.collection.manifest.thumbnail_pixels
+        return (kept if asked is None else asked) or None
 
+    def move(self, moves: Sequence[tuple[str, Picture]]) -> None:
+        """Give items other names or places; their vectors stay."""
+        for low in range(0, len(moves), _MOVED):
+            self.collection.move(
+                [
+                    (old, self._row(picture, self._known(old))._replace(file_sha256=self.before[old].sha256))
+                    for old, picture in moves[low : low + _MOVED]
+                ]
+            )
 
-def _known(payload: str) -> dict[str, Any]:
-    """A payload without what follows from the file."""
-    fields: dict[str, Any] = json.loads(payload)
-    fields.pop("folder", None)
-    return fields
+    def describe(self) -> None:
+        """Give items that were there the payload that a table or list says now, without embedding them again."""
+        pictures = {
+            p.key: p
+            for p in self.found.pictures
+            if self._is_described(p) and p.key in self.before and self.before[p.key].size is not None
+        }
+        if not pictures:
+            return
+        described = 0
+        for rows, _ in self.collection.scan():
+            other = [
+                new
+                for key, payload in zip(rows["key"].to_pylist(), rows["payload"].to_pylist(), strict=True)
+                if key in pictures and json.loads((new := self._row(pictures[key], {})).payload) != json.loads(payload)
+            ]
+            self._renew(other)
+            described += len(other)
+        if described or self.table is not None:
+            self.console.print(f"{described:,} items that were there have another payload now")
 
+    def _renew(self, rows: Iterable[NewRow]) -> None:
+        """Write rows whose payload alone is another."""
+        rows = list(rows)
+        for low in range(0, len(rows), _MOVED):
+            part = rows[low : low + _MOVED]
+            made = self.collection.made([row.key for row in part])
+            self.collection.move([(row.key, row._replace(file_sha256=made[row.key].file_sha256)) for row in part])
 
-def _describe(
-    collection: Collection, found: Sequence[PictureFile], before: Mapping[str, FileState], fields: Fields
-) -> int:
-    """Give items that were there the payload that they have now, without embedding them again; returns how many."""
-    pictures = {p.key: p for p in found if p.key in before and before[p.key].size is not None}
-    stored = {
-        key: payload
-        for rows, _ in collection.scan()
-        for key, payload in zip(rows["key"].to_pylist(), rows["payload"].to_pylist(), strict=True)
-        if key in pictures
-    }
-    files = collection.files()
-    rows = [_row({**_about(pictures[key]), "sha256": files[key].sha256}, fields) for key in stored]
-    other = [row for row in rows if json.loads(row.payload) != json.loads(stored[row.key])]
-    for low in range(0, len(other), SHARD):
-        collection.move([(row.key, row) for row in other[low : low + SHARD]])
-    return len(other)
-
-
-def _row(about: dict[str, Any], fields: Fields, origin: str = "") -> NewRow:
-    payload = about["payload"]
-    if about["key"] in fields:
-        payload = json.dumps({**json.loads(payload), **fields[about["key"]]}, default=plain)
-    return NewRow(about["key"], payload, about["uri"], origin, about["size"], about["mtime_ns"], about["sha256"])
-
-
-def _read(encoder: Encoder, picture: PictureFile) -> Decoded | UnreadablePictureError:
-    if len(picture.key.encode("utf-8", "replace")) > MAX_KEY_BYTES:
-        return UnreadablePictureError(
-            "IMAGE_UNDECODABLE", f"its path has more than {MAX_KEY_BYTES} bytes: shorten folder or file names"
-        )
-    return encoder.read(picture)
+    def delete(self, changes: Changes, undecodable: Sequence[str], most: float) -> int:
+        """Delete items whose file is gone, or is no picture any more: how many."""
+        broken = [key for key in undecodable if key in self.before]
+        if len(changes.gone) + len(changes.replaced) + len(broken) > most:
+            self.console.print(f"{len(broken):,} items whose file is no picture any more stay: see --max-delete")
+            broken = []
+        self.collection.delete([*changes.gone, *broken])
+        return len(changes.gone) + len(broken)

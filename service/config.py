@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_settings import NoDecode
 
 from export.bundle import RefusalError
 from export.preprocess import DecodeLimits
@@ -22,7 +23,7 @@ class Embedding(BaseModel):
     bundle: Path
     """The bundle that embeds pictures."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to embed."""
+    """Where to embed; cpu keeps indexes off the GPU, too."""
     variant: Literal["auto", "fp32", "fp16", "int8"] = "auto"
     """Which of the bundle's graphs: one by name, or the fastest here of those that find fp32's neighbours."""
     require_provider: bool = False
@@ -90,18 +91,37 @@ def bytes_in(size: str) -> int:
 
 
 class IndexBuild(Embedding, Constraints):
-    """Embed a folder of pictures and build a collection. Run again, it continues, or adds what is new or changed."""
+    """Embed pictures and build a collection. Run again, it continues, or adds what is new or changed."""
 
-    images: Path
-    """Folder of pictures; subfolders are searched."""
+    images: Annotated[list[str], NoDecode]
+    """Where the pictures are: a folder (subfolders are searched), a glob, a list (.csv, .tsv, .jsonl, .parquet), tar shards
+    (WebDataset, shard-{0000..0099}.tar), or a URL of these (s3://, gs://, https://). Of several, each with its --images, or
+    all with commas between."""
     out: Path
     """The collection folder to write; its name is the collection's name."""
     payload: Path | None = None
-    """A table of what is known of the pictures (.csv, .tsv, .jsonl or .parquet): a column `key`, their path below the
-    folder, and others that become fields of the payload, to filter and group by."""
+    """A table of what is known of the pictures (.csv, .tsv, .jsonl or .parquet): a column `key`, such as their path below
+    the folder, and others that become fields of the payload, to filter and group by."""
+    thumbnails: int | None = None
+    """Keep a JPEG of each picture that is embedded, of so many pixels (32 to 1024) on its longer side; 0: none. Where
+    absent: as the collection was made with."""
+    keep_originals: bool = False
+    """Of a new collection: keep the pictures that clients send as bytes, so that another encoder can embed them again."""
     shard: str | None = Field(None, pattern=r"^[1-9]\d*/[1-9]\d*$")
-    """i/n: the i-th of n parts, by the hash of the key, so that n machines share a folder; `likewise index merge` joins what
-    they built."""
+    """i/n: the i-th of n parts, by the hash of the key, so that n machines share the pictures; `likewise index merge` joins
+    what they built."""
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _specs(cls, value: object) -> object:
+        return _separated(value) if isinstance(value, str) else [str(value)] if isinstance(value, Path) else value
+
+    @field_validator("thumbnails")
+    @classmethod
+    def _pixels(cls, value: int | None) -> int | None:
+        if value and not 32 <= value <= 1024:
+            raise ValueError("a thumbnail has 32 to 1024 pixels; 0 keeps none")
+        return value
 
     def cli_cmd(self) -> int:
         """Run the command."""
@@ -109,6 +129,22 @@ class IndexBuild(Embedding, Constraints):
 
         build(self)
         return 0
+
+
+def _separated(given: str) -> list[str]:
+    """What stands between commas; a path or a glob's folder that is there may have some in its name."""
+    parts, specs = given.split(","), []
+    while parts:
+        whole = (n for n in range(len(parts), 1, -1) if _is_there(",".join(parts[:n])))
+        taken = next(whole, 1)
+        specs.append(",".join(parts[:taken]))
+        parts = parts[taken:]
+    return [spec for spec in specs if spec]
+
+
+def _is_there(path: str) -> bool:
+    folder = re.split(r"[*?\[{]", path, maxsplit=1)[0].rpartition("/")[0]
+    return os.path.lexists(path) or ("," not in path[len(folder) :] and os.path.isdir(folder))  # noqa: PTH112
 
 
 class IndexSync(IndexBuild):
@@ -144,9 +180,16 @@ class Serve(Embedding):
     max_batch: int = Field(32, ge=1, le=64)
     """Pictures per run of the encoder."""
     max_wait_ms: float = Field(2.0, ge=0)
-    """How long a batch waits for more pictures."""
+    """How long a batch waits for pictures that are being decoded; one that comes alone does not wait."""
     queue_limit: int = Field(512, ge=1)
-    """Pictures that may wait or be worked on; beyond that requests are refused at once with RESOURCE_EXHAUSTED."""
+    """Pictures that may wait or be worked on; beyond that requests are refused at once with RESOURCE_EXHAUSTED. One client
+    may hold half of them while others ask, too."""
+    search_limit: int = Field(1024, ge=1)
+    """Searches that may wait for a thread; beyond that likewise."""
+    decoders: Literal["threads", "processes"] = "threads"
+    """Where pictures are decoded. Processes are slower; one that is stuck in a picture, or dies of it, is replaced."""
+    decode_seconds: float = Field(10.0, gt=0)
+    """Longest time that a decoding process may take for a picture."""
     max_message_mb: int = Field(64, ge=1, le=1024)
     """Largest request, in MiB."""
     limits: DecodeLimits = DecodeLimits(max_bytes=32 * 2**20, max_pixels=50_000_000)

@@ -6,11 +6,19 @@ import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from export.bundle import Bundle, Embeddings
 from export.machine import cpu_quota
-from export.preprocess import PictureFile, Pixels, UnreadablePictureError, preprocess
+from export.preprocess import (
+    DEFAULT_LIMITS,
+    DecodeLimits,
+    Pixels,
+    PreprocessSpec,
+    UnreadablePictureError,
+    preprocess,
+    thumbnail_of,
+)
 from export.providers import GpuOptions
 from export.tune import mixing_refusal, open_runtime
 from service.config import Embedding
@@ -28,6 +36,26 @@ class Decoded(NamedTuple):
     animated: bool
     sha256: str = ""
     """Of the encoded bytes, where they came from a file."""
+    thumbnail: bytes | None = None
+    """JPEG of the whole picture, where one was asked for."""
+
+
+def decode(data: bytes, spec: PreprocessSpec, limits: DecodeLimits, thumbnail: int | None = None) -> Decoded:
+    """Pixels of an encoded picture, and a JPEG of it whose longer side has at most `thumbnail` pixels. Raises
+    `UnreadablePictureError`."""
+    start = time.perf_counter()
+    prepared = preprocess(data, spec, limits)
+    seconds, small = time.perf_counter() - start, None
+    if thumbnail is not None:
+        small = thumbnail_of(data, min(thumbnail, max(prepared.width, prepared.height)), limits)
+    return Decoded(prepared.pixels, seconds, prepared.animated, thumbnail=small)
+
+
+class Encoded(Protocol):
+    """An encoded picture, such as those of sources."""
+
+    def read(self, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
+        """Its bytes. Raises `UnreadablePictureError`."""
 
 
 class Encoder:
@@ -56,17 +84,16 @@ class Encoder:
         """Their length."""
         return self.bundle.dim
 
-    def decode(self, data: bytes) -> Decoded:
-        """Pixels of an encoded picture. Raises `UnreadablePictureError`."""
-        start = time.perf_counter()
-        prepared = preprocess(data, self.bundle.manifest.preprocess, self.limits)
-        return Decoded(prepared.pixels, time.perf_counter() - start, prepared.animated)
+    def decode(self, data: bytes, thumbnail: int | None = None) -> Decoded:
+        """Pixels of an encoded picture, and a JPEG of it whose longer side has at most `thumbnail` pixels. Raises
+        `UnreadablePictureError`."""
+        return decode(data, self.bundle.manifest.preprocess, self.limits, thumbnail)
 
-    def read(self, picture: PictureFile) -> Decoded | UnreadablePictureError:
-        """Pixels of a file, or the refusal as a value."""
+    def read(self, picture: Encoded, thumbnail: int | None = None) -> Decoded | UnreadablePictureError:
+        """`decode` a picture, or the refusal as a value."""
         try:
             data = picture.read(self.limits)
-            return self.decode(data)._replace(sha256=hashlib.sha256(data).hexdigest())
+            return self.decode(data, thumbnail)._replace(sha256=hashlib.sha256(data).hexdigest())
         except UnreadablePictureError as e:
             return e
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
-from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image, ImageDraw, ImageFont
 
 from export.bundle import RefusalError, printable
 from export.preprocess import DEFAULT_LIMITS, PreprocessSpec, UnreadablePictureError, preprocess
+from export.sources.picture import picture_at
 
 SIDE = 144
 _GAP, _TEXT = 8, 18
@@ -36,17 +35,15 @@ def picture_of(source_uri: str, key: str, images: Path | None) -> bytes | None:
 
     Both come from a server, so only regular files of a sensible size are read, and keys cannot leave `images`.
     """
-    candidates = []
-    if images is not None and not Path(key).is_absolute() and ".." not in Path(key).parts:
-        candidates.append(images / key)
     try:
-        address = urlsplit(source_uri)
-        if address.scheme == "file":
-            candidates.append(Path(os.fsdecode(unquote_to_bytes(address.path))))
-        for path in candidates:
+        if images is not None and not Path(key).is_absolute() and ".." not in Path(key).parts:
+            path = images / key
             if path.is_file() and path.stat().st_size <= DEFAULT_LIMITS.max_bytes:
                 return path.read_bytes()
-    except (OSError, ValueError):  # not here, not readable, or no address at all: drawn as a blank tile
+        there = picture_at(source_uri, key)
+        if isinstance(there.where, Path) and there.where.is_file():
+            return there.read()
+    except (OSError, ValueError, RefusalError):  # not here, not readable, or no address at all: drawn as a blank tile
         return None
     return None
 

@@ -17,10 +17,10 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
 from export.bundle import Bundle, RefusalError, make_folder, publish, write_file
+from export.sources.lists import missing, plain
 from service.collection import Collection, check_payload
 from service.config import Constraints
 from service.errors import ServiceError
-from service.fields import missing, plain
 from service.index import BLOCK, Stored
 from service.store import NAME, NAME_RULE
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import service.build
+import service.embedding
 from export.bundle import Bundle
 from likewise import main
 from service.collection import Collection
@@ -86,7 +87,7 @@ def test_bad_files_are_listed_and_skipped(bundle: Path, tmp_path: Path, capfd: p
 def test_three_sigkills_end_with_the_same_collection(bundle: Path, tmp_path: Path, seed: int) -> None:
     images = write_shapes(tmp_path / "many", 600)
     program = (
-        "import sys, service.build; service.build.SHARD = 20; from likewise import main; sys.exit(main(sys.argv[1:]))"
+        "import sys, service.embedding as e; e.SHARD = 20; from likewise import main; sys.exit(main(sys.argv[1:]))"
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     rng = random.Random(seed)
@@ -117,7 +118,7 @@ def test_three_sigkills_end_with_the_same_collection(bundle: Path, tmp_path: Pat
 
 def test_finished_shards_are_not_made_again(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_shapes(tmp_path / "some", 48)
-    monkeypatch.setattr(service.build, "SHARD", 16)
+    monkeypatch.setattr(service.embedding, "SHARD", 16)
     embedded: list[int] = []
     real = Encoder.embed
 
@@ -136,7 +137,7 @@ def test_finished_shards_are_not_made_again(bundle: Path, tmp_path: Path, monkey
 
 def test_a_shard_that_was_damaged_is_made_again(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_shapes(tmp_path / "some", 32)
-    monkeypatch.setattr(service.build, "SHARD", 16)
+    monkeypatch.setattr(service.embedding, "SHARD", 16)
     assert main(command(bundle, images, tmp_path / "whole")) == 0
     real = shutil.rmtree
 
@@ -175,7 +176,7 @@ def test_building_again_adds_what_is_new_or_changed(
 def test_refusals(
     bundle: Path, other_bundle: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    assert "is not a folder" in refused(*command(bundle, tmp_path / "nope", tmp_path / "c"))
+    assert "nope does not exist: give a folder" in refused(*command(bundle, tmp_path / "nope", tmp_path / "c"))
     (tmp_path / "empty").mkdir()
     assert "holds no pictures" in refused(*command(bundle, tmp_path / "empty", tmp_path / "c"))
     assert "is not a bundle" in refused(*command(tmp_path, pictures, tmp_path / "c"))

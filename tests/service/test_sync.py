@@ -17,6 +17,7 @@ from export.preprocess import PictureFile, find_pictures
 from likewise import main
 from service.changes import FileState, compare
 from service.collection import Collection
+from service.encoder import Encoder
 from service.filter import Filter
 from service.records import NewRow
 from tests.conftest import encode, noise
@@ -59,8 +60,8 @@ def test_it_ends_as_a_new_build_would(
     gone.unlink()
 
     embedded: list[str] = []
-    real = service.build._read
-    monkeypatch.setattr(service.build, "_read", lambda encoder, p: embedded.append(p.key) or real(encoder, p))
+    real = Encoder.read
+    monkeypatch.setattr(Encoder, "read", lambda encoder, p, *more: embedded.append(p.key) or real(encoder, p, *more))
     assert main(sync(bundle, images, built)) == 0
     said = capfd.readouterr().err
     assert "3 to embed, 1 with a new time only, 1 under a new name; 1 items have no file" in said
@@ -226,6 +227,7 @@ def test_a_collection_of_before_digests_opens(tmp_path: Path) -> None:
     collection.upsert([NewRow("k", file_size=1, file_mtime_ns=2)], np.ones((1, 8), np.float32))
     collection.close()
     with sqlite3.connect(folder / "records.sqlite") as db:
+        db.execute("DROP INDEX IF EXISTS items_originals")
         db.execute("ALTER TABLE items DROP COLUMN file_sha256")
     db.close()
     collection = Collection(folder)
@@ -289,12 +291,12 @@ def test_what_is_known_of_pictures_becomes_their_payload(
     assert filtered("price >= 110") == {*keys[10:12], *keys[13:], "moved.png"}
     assert filtered('folder = ""') == {"moved.png"}
     for name, text, sentence in (
-        ("a.csv", "name,price\nx,1", "no text in a column called key"),
-        ("b.csv", f"key,price\n{keys[0]},1\n{keys[0]},2", "more than once"),
+        ("a.csv", "name,price\nx,1", "names no column 'key'"),
+        ("b.csv", f"key,price\n{keys[0]},1\n{keys[0]},2", "once more"),
         ("c.csv", "key,price\nelsewhere.png,1", "has no row for any picture"),
-        ("d.jsonl", "{", "cannot be read"),
+        ("d.jsonl", "{", "line 1 is not JSON"),
         ("e.txt", "key", "no table that is known here"),
-        ("f.parquet", "key", "cannot be read"),
+        ("f.parquet", "key", "no Parquet file that can be read"),
     ):
         (tmp_path / name).write_text(text)
         flags = ["--bundle", bundle, "--images", images, "--out", tmp_path / "c", "--payload", tmp_path / name]
