@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import mmap
 import os
 import re
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from faiss.contrib.exhaustive_search import knn_ground_truth
 
 from export.bundle import Contract, Embeddings, RefusalError
+from service.gpu_index import EXACT_ON_GPU, GpuIndex, gpu_bytes, gpu_of, suits_gpu
 from service.policy import IndexPolicy
 
 # The package's stubs give the C++ signatures, not those of its Python layer.
@@ -47,8 +49,16 @@ _TUNING_QUERIES = 256
 _TIMED_QUERIES = 64
 _POINTS_PER_LIST = 64
 _CONSTRUCTION = 100  # candidates per row while a graph is built; FAISS takes 40, hnswlib 200
-# The neighbours among a share s of the rows lie in about s^-0.75 times as many lists; so do ten / s neighbours.
+# Ten / s neighbours lie in about s^-0.75 times as many lists as ten do. The ten of a share s of the rows: measured at shares
+# from 0.5 to 50 %, about s^-0.45 times as many lists hold as many of them; and the codes, which have fewer rows to take for
+# nearer ones, need s^0.5 times as many candidates, or ten per neighbour.
 _SPREAD = 0.75
+_SHARE = 0.45
+_FEWER, _LEAST = 0.5, 10
+# A four-bit scan passes over so many rows, whether a filter passes them or not, while one stored vector is compared.
+_SCANNED = 25
+# Of few rows that a filter passes, so many at least are compared: those in the nearest lists.
+_SEEN = 1_200
 _THREADS = faiss.omp_get_max_threads()
 _BATCH = 16
 _local = threading.local()
@@ -124,22 +134,36 @@ def _threads() -> int:
     return int(getattr(_local, "threads", _THREADS))
 
 
-def candidates(count: int, dim: int, policy: IndexPolicy, memory: float | None) -> list[str]:
+def _spare_threads(queries: int) -> None:
+    """One thread of FAISS's for a few queries, in the calling thread alone: they are over before a second thread has begun,
+    and where every core is busy, a region of two threads waits for the slower."""
+    faiss.omp_set_num_threads(_threads() if queries >= _BATCH else 1)
+
+
+def candidates(
+    count: int, dim: int, policy: IndexPolicy, memory: float | None, on_gpu: float | None = None
+) -> list[str]:
     """Factory strings for `count` rows of `dim`, in the order to try them: of those that `memory` bytes hold; where none
-    fits, the smallest alone."""
+    fits, the smallest alone. `on_gpu`: bytes free on a GPU; what it can search comes first."""
+
+    def gpu(factory: str) -> bool:
+        return on_gpu is not None and suits_gpu(factory) and gpu_bytes(bytes_of(factory, count, dim)) <= on_gpu
+
     if policy.index == "exact" or (policy.index == "auto" and count < ALWAYS_EXACT):
         return [_flat(policy)]
     if policy.index != "auto":
         named = re.search(r"IVF(\d+)", policy.index)
         least = max(int(named[1]) if named else 0, 256 if "PQ" in policy.index else 0)
         return [_flat(policy) if count < least else policy.index]  # it could not be trained
-    if count <= EXACT_UP_TO and (memory is None or memory >= bytes_of(_flat(policy), count, dim)):
+    few = count <= (EXACT_ON_GPU if gpu(_flat(policy)) else EXACT_UP_TO)
+    if few and (memory is None or memory >= bytes_of(_flat(policy), count, dim)):
         return [_flat(policy)]
     lists = lists_for(count)
     ladder = ["HNSW32,SQfp16", f"IVF{lists},SQfp16", f"IVF{lists},SQ8"]
     if dim % 4 == 0:  # four bits for four values, scanned in registers: quick where float32 vectors decide
         quick = f"IVF{lists},PQ{dim // 4}x4fsr"
         ladder = [quick, *ladder] if policy.vectors == "float32" and dim >= 64 else [*ladder, quick]
+    ladder.sort(key=lambda each: not gpu(each))
     fitting = [each for each in ladder if memory is None or bytes_of(each, count, dim) <= memory]
     return fitting or [min(ladder, key=lambda each: bytes_of(each, count, dim))]
 
@@ -179,7 +203,8 @@ def bytes_of(factory: str, count: int, dim: int) -> int:
 def build_index(
     vectors: Stored, policy: IndexPolicy | None = None, memory: float | None = None
 ) -> tuple[Any, IndexInfo]:
-    """An inner-product index over unit rows [N, D], and how it was chosen.
+    """An inner-product index over unit rows [N, D], and how it was chosen: for a GPU where FAISS sees one, see
+    `service.gpu_index`.
 
     `memory`: bytes that it may take. `vectors` may be memory-mapped: they are read in blocks. Raises `RefusalError` on a
     factory string that FAISS does not know.
@@ -190,7 +215,7 @@ def build_index(
     tried: list[tuple[Any, IndexInfo]] = []
     queries, tenth = None, None
     took = [0.0, 0.0, 0.0]
-    for factory in candidates(count, dim, policy, memory):
+    for factory in candidates(count, dim, policy, memory, gpu_free()):
         marks = [time.perf_counter()]
         index = _trained(factory, vectors, tried[-1][0] if tried else None)
         marks.append(time.perf_counter())
@@ -202,7 +227,8 @@ def build_index(
             return index, IndexInfo(factory=factory, why=why, adding_s=round(marks[2] - marks[1], 3))
         if queries is None or tenth is None:
             queries, tenth = _held_out(vectors)
-        tried.append((index, _tuned(index, factory, vectors, queries, tenth, policy)))
+        where = placed(index, factory, bytes_of(factory, count, dim))
+        tried.append((index, _tuned(where, factory, vectors, queries, tenth, policy)))
         marks.append(time.perf_counter())
         took = [before + end - start for before, start, end in zip(took, marks[:-1], marks[1:], strict=True)]
         holding = [info for _, info in tried if not _missed(info, policy)]
@@ -404,7 +430,9 @@ def _recall(vectors: Stored, queries: Embeddings, tenth: Embeddings, found: Rows
 
 
 def _inner(index: Any) -> Any:
-    """The index behind a rotation (OPQ)."""
+    """The index behind a rotation (OPQ), that of the CPU."""
+    if isinstance(index, GpuIndex):
+        return index.cpu
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
@@ -433,15 +461,17 @@ def search_index(
     if live is not None and vectors is not None and effort.visits and count <= EXACT_AMONG:
         return _padded(*exact_among(vectors, _rows_of(live, index.ntotal), queries, k), k)
     if not effort.visits:
-        return _search(index, queries, k, 0, live)
+        if vectors is None or not isinstance(index, GpuIndex):
+            return _search(index, queries, k, 0, live)
+        # A GPU rounds the queries to float16 where the rows are.
+        return _rescored(vectors, queries, _search(index, queries, k + 16, 0, live)[1], k)
+    share = 1 if live is None else max(count, 1) / index.ntotal
     wanted = k
     if effort.rescore and vectors is not None:
-        wanted = min(count, max(k, 10) * effort.rescore if k <= 100 else max(100 * effort.rescore, 4 * k))
+        each = max(min(_LEAST, effort.rescore), math.ceil(effort.rescore * share**_FEWER))
+        wanted = min(count, max(k, 10) * each if k <= 100 else max(100 * each, 4 * k))
     most = _inner(index).nlist if is_ivf(index) else index.ntotal
-    spread = (index.ntotal / count if live is not None and count else 1) * (
-        max(1, (k - 1) / 10) if is_ivf(index) else 1
-    )
-    visits = min(most, int(max(effort.visits, _visits(index, wanted)) * spread**_SPREAD))
+    visits = _widened(index, effort, k, wanted, share)
     while True:
         scores, rows = _search(index, queries, wanted, visits, live)
         missing = (rows[:, possible - 1] < 0) if possible else np.zeros(len(rows), bool)
@@ -456,6 +486,63 @@ def search_index(
         there = np.arange(index.ntotal) if live is None else _rows_of(live, index.ntotal)
         scores[missing], rows[missing] = _padded(*exact_among(vectors, there, queries[missing], k), k)
     return scores, rows
+
+
+def _widened(index: Any, effort: Effort, k: int, wanted: int, share: float) -> int:
+    """The visits that find k neighbours among a share of the rows, and see of it four times as many rows as are wanted (IVF)
+    or as many (HNSW)."""
+    if not is_ivf(index):
+        return min(int(index.ntotal), int(max(effort.visits, wanted) * share**-_SPREAD))
+    lists, total = int(_inner(index).nlist), int(index.ntotal)
+    seen = 4 * wanted * lists / total
+    visits: float = max(effort.visits, seen) * share**-_SHARE * max(1.0, (k - 1) / 10) ** _SPREAD
+    return min(lists, math.ceil(max(visits, seen / share)))
+
+
+def are_few(index: Any, count: int) -> bool:
+    """Whether so many rows, all that may be found, are better named one by one, for `search_rows`, than as a bitmap."""
+    return count <= EXACT_AMONG or (isinstance(index, faiss.IndexIVFFastScan) and count * _SCANNED <= index.ntotal)
+
+
+def lists_of(index: Any) -> npt.NDArray[np.int32]:
+    """The inverted list [N] that each row of a four-bit index is in; of other indexes nothing."""
+    if not isinstance(index, faiss.IndexIVFFastScan):
+        return np.zeros(0, np.int32)
+    found = np.zeros(index.ntotal, np.int32)
+    for number in range(index.nlist):
+        size = index.invlists.list_size(number)
+        if size:
+            found[faiss.rev_swig_ptr(index.invlists.get_ids(number), size)] = number
+    return found
+
+
+def search_rows(
+    index: Any,
+    queries: Embeddings,
+    k: int,
+    effort: Effort,
+    rows: Rows,
+    vectors: Stored,
+    lists: Callable[[], npt.NDArray[np.int32]],
+) -> tuple[Embeddings, Rows]:
+    """Scores and row numbers [Q, min(k, R)] of the best of few rows [R] by their stored vectors: of those in the lists
+    nearest to a query, or of all where that is no more work. `lists`: gives `lists_of` the index."""
+    count = len(rows)
+    if count <= EXACT_AMONG or not isinstance(index, faiss.IndexIVFFastScan):
+        return exact_among(vectors, rows, queries, k)
+    visits = _widened(index, effort, k, max(k, _SEEN // 4), count / index.ntotal)
+    if 2 * len(queries) * visits >= index.nlist:  # all rows are read once for all queries, and multiplied as a matrix
+        return exact_among(vectors, rows, queries, k)
+    _spare_threads(len(queries))
+    nearest = index.quantizer.search(np.ascontiguousarray(queries, np.float32), visits)[1]
+    held = lists()[rows]
+    found = []
+    for i in range(len(queries)):
+        near = np.zeros(index.nlist, bool)
+        near[nearest[i]] = True
+        some = rows[near[held]]
+        found.append(exact_among(vectors, some if len(some) >= min(k, count) else rows, queries[i : i + 1], k))
+    return np.concatenate([scores for scores, _ in found]), np.concatenate([names for _, names in found])
 
 
 def _rows_of(bitmap: Bitmap, count: int) -> Rows:
@@ -483,6 +570,7 @@ def _scores(vectors: Stored, queries: Embeddings, rows: Rows) -> Embeddings:
     scores = np.empty(rows.shape, np.float32)
     if vectors.dtype == np.float32 and vectors.flags.c_contiguous:
         rows, queries = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(queries, np.float32)
+        _spare_threads(len(queries))
         at = faiss.swig_ptr
         faiss.fvec_inner_products_by_idx(
             at(scores), at(queries), at(vectors), at(rows), vectors.shape[1], len(queries), rows.shape[1]
@@ -529,9 +617,10 @@ def _padded(scores: Embeddings, rows: Rows, k: int) -> tuple[Embeddings, Rows]:
 
 
 def _search(index: Any, queries: Embeddings, k: int, visits: int, live: Bitmap | None) -> tuple[Embeddings, Rows]:
-    # Of the calling thread alone. A few queries are over before a second thread has begun; and where every core is busy, a
-    # region of two threads waits for the slower.
-    faiss.omp_set_num_threads(_threads() if len(queries) >= _BATCH else 1)
+    if isinstance(index, GpuIndex):
+        on_cpu = functools.partial(_search, index.cpu, visits=visits, live=live)
+        return index.search(queries, k, visits, live, on_cpu)
+    _spare_threads(len(queries))
     kind = "exact" if not visits else "lists" if is_ivf(index) else "graph"
     turned = isinstance(index, faiss.IndexPreTransform)
     if live is None:
@@ -560,9 +649,27 @@ def _parameters(kind: str, visits: int, turned: bool) -> Any:
     return _made_parameters(kind, visits, turned, None)
 
 
+def gpu_free() -> float | None:
+    """Bytes that are free on the GPU that indexes may be copied to; None where there is none."""
+    gpu = gpu_of(faiss)
+    return None if gpu is None else gpu.free()
+
+
+def placed(index: Any, factory: str, size: int) -> Any:
+    """An index of so many bytes, to be searched on a GPU where there is one for its kind."""
+    gpu = gpu_of(faiss)
+    if gpu is None or not suits_gpu(factory):
+        return index
+    return GpuIndex(index, size, gpu, lambda visits: _parameters("lists", visits, False))
+
+
 def write_index(index: Any, path: Path) -> None:
-    """Store an index."""
-    faiss.write_index(index, str(path))
+    """Store an index. Raises `OSError` where the disk is full or the file cannot be written."""
+    try:
+        with path.open("wb") as file:  # FAISS's own writer forgets what fails when it closes the file
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, 2**20))
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 def read_index(path: Path, rows: int, dim: int) -> Any:

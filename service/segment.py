@@ -38,15 +38,17 @@ from service.checksums import FileSum, sum_of, verify
 from service.filter import Attributes, Filter
 from service.index import (
     BLOCK,
-    EXACT_AMONG,
     Bitmap,
     IndexInfo,
     Rows,
     Stored,
+    are_few,
     build_index,
-    exact_among,
+    lists_of,
+    placed,
     read_index,
     search_index,
+    search_rows,
     write_index,
 )
 from service.payload import columns_of, merged
@@ -141,7 +143,9 @@ class Segment:
         self._strings = [_Strings(column) for column in self._columns[1:4]]
         self.info = self.manifest.index
         self._passing = functools.lru_cache(FILTERS_KEPT)(self._evaluated)
-        self._index = read_index(folder / "index.faiss", self.manifest.rows, self.manifest.dim)
+        path = folder / "index.faiss"
+        index = read_index(path, self.manifest.rows, self.manifest.dim)
+        self._index = placed(index, self.info.factory, path.stat().st_size)
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -165,7 +169,7 @@ class Segment:
         their positions, where they are few and known."""
         count = len(self) if live is None else live_count
         if rows is not None:
-            return exact_among(self.vectors, rows, queries, k)
+            return search_rows(self._index, queries, k, self.info.effort, rows, self.vectors, lambda: self._lists)
         return search_index(self._index, queries, min(k, len(self)), self.info.effort, live, count, self.vectors)
 
     def row(self, position: int) -> StoredRow:
@@ -187,6 +191,10 @@ class Segment:
         return rows if self.vectors.dtype == np.float32 else unit(rows)
 
     @cached_property
+    def _lists(self) -> npt.NDArray[np.int32]:
+        return lists_of(self._index)
+
+    @cached_property
     def attributes(self) -> Attributes:
         """What filters look at."""
         path = self.folder / "payload.arrow"
@@ -201,12 +209,12 @@ class Segment:
     def _evaluated(self, wanted: Filter) -> tuple[Bitmap, int, Rows | None]:
         mask = wanted.mask(self.attributes)
         count = int(np.count_nonzero(mask))
-        few = np.flatnonzero(mask) if count <= EXACT_AMONG and self.info.visits else None
+        few = np.flatnonzero(mask) if self.info.visits and are_few(self._index, count) else None
         return np.packbits(mask, bitorder="little"), count, few
 
-    def identities(self) -> list[tuple[int, str]]:
-        """(id, key) of every row, by id."""
-        return list(zip(self.ids.tolist(), self._columns[1].to_pylist(), strict=True))
+    def identities(self) -> Iterator[list[tuple[int, str]]]:
+        """(id, key) of every row, by id, block by block."""
+        return identities(self.table)
 
     def payload(self, position: int) -> str:
         """Its payload alone, JSON."""
@@ -219,6 +227,13 @@ class Segment:
     def position(self, row_id: int) -> int:
         """Where the row with an id is; ids ascend."""
         return int(np.searchsorted(self.ids, row_id))
+
+
+def identities(rows: pa.Table) -> Iterator[list[tuple[int, str]]]:
+    """(id, key) of each row, block by block."""
+    for low in range(0, len(rows), BLOCK):
+        some = rows.slice(low, BLOCK)
+        yield list(zip(some["id"].to_pylist(), some["key"].to_pylist(), strict=True))
 
 
 def unit(vector: Embeddings) -> Embeddings:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from export.bundle import RefusalError
 from service.index import (
+    EXACT_AMONG,
+    IndexInfo,
+    are_few,
     build_index,
     bytes_of,
     candidates,
     exact_among,
     lists_for,
+    lists_of,
     read_index,
     search_index,
+    search_rows,
     write_index,
 )
 from service.policy import IndexPolicy
@@ -162,3 +173,102 @@ def test_small_segments_are_searched_whatever_was_asked(count: int, policy: Inde
     index, info = build_index(vectors, policy, 100.0 if policy.max_memory else None)
     _, found = search_index(index, vectors, 1, info.effort, None, vectors=vectors)
     assert (found[:, 0] == np.arange(count)).mean() > 0.9
+
+
+@functools.cache
+def large() -> tuple[np.ndarray, Any, IndexInfo]:
+    """200,000 rows of which a few, yet more than are always compared one by one, may be searched."""
+    vectors = clustered(200_000, 2)
+    return vectors, *build_index(vectors, IndexPolicy(index="IVF400,PQ8x4fsr"))
+
+
+def test_every_row_is_in_the_list_that_is_nearest_to_it() -> None:
+    vectors, index, _ = large()
+    lists = lists_of(index)
+    nearest = index.quantizer.search(vectors, 1)[1][:, 0]
+    assert np.array_equal(lists, nearest)
+    assert len(lists_of(build_index(vectors[:2000], IndexPolicy(index="HNSW16"))[0])) == 0
+
+
+@pytest.mark.parametrize("count", [1, EXACT_AMONG, EXACT_AMONG + 1, 8000])
+@pytest.mark.parametrize("asked", [1, 3, 40])
+@pytest.mark.parametrize("k", [1, 10, 300])
+def test_of_few_rows_those_in_the_nearest_lists_are_compared(count: int, asked: int, k: int) -> None:
+    vectors, index, info = large()
+    assert are_few(index, count) and not are_few(index, 20_000)
+    rows = np.sort(np.random.default_rng(4).choice(len(vectors), count, replace=False))
+    queries = clustered(asked, 8)
+    scores, found = search_rows(
+        index,
+        queries,
+        k,
+        info.effort,
+        rows,
+        vectors,
+        lambda: lists_of(index),
+    )
+    best, exact = exact_among(vectors, rows, queries, k)
+    assert scores.shape == found.shape == (asked, min(k, count))
+    assert np.isin(found, rows).all() and (np.diff(scores, axis=1) <= 0).all()
+    assert np.allclose(scores, np.einsum("qkd,qd->qk", vectors[found], queries), atol=1e-5)
+    if count <= EXACT_AMONG:
+        assert np.allclose(scores, best, atol=1e-6)
+    pairs = zip(exact.tolist(), found.tolist(), strict=True)
+    assert np.mean([len(set(a) & set(b)) / len(a) for a, b in pairs]) >= 0.95
+
+
+def test_few_rows_that_lie_far_from_a_query_are_all_found() -> None:
+    vectors, index, info = large()
+    query = clustered(1, 8)
+    rows = np.sort(np.argsort(vectors @ query[0])[:6000])
+    _, found = search_rows(index, query, 6000, info.effort, rows, vectors, lambda: lists_of(index))
+    assert sorted(found[0].tolist()) == rows.tolist()
+    _, found = search_rows(index, query, 10, info.effort, rows, vectors, lambda: lists_of(index))
+    assert len(set(found[0].tolist())) == 10
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.7])
+def test_filters_lose_no_recall(share: float) -> None:
+    vectors, index, info = large()
+    queries = clustered(200, 8)
+
+    def recall(bits: np.ndarray | None, rows: np.ndarray) -> float:
+        best = exact_among(vectors, rows, queries, 10)[1]
+        found = search_index(index, queries, 10, info.effort, bits, len(rows), vectors)[1]
+        return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(best.tolist(), found.tolist(), strict=True)]))
+
+    flags = np.random.default_rng(6).random(len(vectors)) < share
+    whole = recall(None, np.arange(len(vectors)))
+    assert recall(np.packbits(flags, bitorder="little"), np.flatnonzero(flags)) >= min(whole, 0.97) - 0.01
+
+
+@pytest.mark.parametrize("count", [10, 3000])  # 10: lost only when the file is closed
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16"])
+def test_an_index_on_a_full_disk_is_an_error_of_the_disk(count: int, factory: str, tmp_path: Path) -> None:
+    path = tmp_path / "index.faiss"
+    path.symlink_to("/dev/full")
+    index, _ = build_index(clustered(count), IndexPolicy(index=factory))
+    with pytest.raises(OSError, match=r"No space left on device: .*index\.faiss"):
+        write_index(index, path)
+    with pytest.raises(FileNotFoundError):
+        write_index(index, tmp_path / "no" / "index.faiss")
+
+
+def test_a_disk_that_is_full_when_the_index_is_written_is_one_sentence(tmp_path: Path) -> None:
+    count = 3000
+    np.save(tmp_path / "vectors.npy", clustered(count))
+    pq.write_table(pa.table({"key": [f"{i:06d}" for i in range(count)]}), tmp_path / "rows.parquet")
+    # The vectors are 384 KB, the graph is 1.2 MB.
+    limited = (
+        "import resource, sys; from likewise import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, 900_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [
+        sys.executable, "-c", limited, "index", "add", str(tmp_path / "c"), "--vectors", str(tmp_path / "vectors.npy"),
+        "--rows", str(tmp_path / "rows.parquet"), "--space-id", "x", "--index", "HNSW64",
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1, run.stderr
+    said = [line for line in run.stderr.splitlines() if line.startswith("likewise:")]
+    assert len(said) == 1 and "index.faiss: File too large" in said[0] and "Traceback" not in run.stderr
+    assert not list((tmp_path / "c" / "segments").iterdir())
