@@ -4,6 +4,7 @@
         collection.json    CollectionManifest
         records.sqlite     the record of truth and only commit point
         segments/NNNN/     immutable vectors and index
+        originals/ab/      pictures that came as bytes, by their digest (`keep_originals`)
         lock               held by the one process that writes
 
 A search is exact over the fresh rows plus FAISS over the segments, on an immutable `View` that writers replace; so
@@ -19,11 +20,15 @@ import os
 import shutil
 import socket
 import threading
+import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -34,6 +39,7 @@ from export.bundle import Embeddings, RefusalError, make_folder, printable, writ
 from service.errors import DataLossError, InternalError, InvalidArgumentError
 from service.fresh import Fresh
 from service.index import BLOCK, Stored, blocks, check_factory
+from service.originals import Originals, Swept, digest_of, place_of
 from service.policy import IndexPolicy
 from service.reading import COLLECTION_FORMAT, CollectionManifest, Readable, StoredItem, read_manifest, unit_rows
 from service.records import MAX_KEY_BYTES, FileState, Made, NewRow, Reader, Records
@@ -44,6 +50,7 @@ from service.segment import (
     batch_of,
     batch_of_remains,
     batch_of_table,
+    identities,
     joined,
     remains,
     write_segment,
@@ -55,9 +62,13 @@ FRESH_LIMIT = 10_000
 # Upserts that wait for each other are committed together, up to about so many rows.
 GROUP = 4096
 MAX_NESTED = 64
-# Segments are merged when so many are of about one size, or when such a share of one's rows is dead.
+# Segments are merged when so many are of about one size, or when such a share of one's rows is dead; but never to more rows
+# than these, so that a merge takes bounded time, memory and disk however large the collection is.
+LARGEST = 4_194_304
 TIER = 4
 DEAD_SHARE = 0.2
+# Originals are looked through for those that no item names at most so often.
+SWEEP_SECONDS = 3600.0
 
 
 class LostItem(NamedTuple):
@@ -91,7 +102,11 @@ class Collection(Readable):
         self.lost: list[LostItem] = []
         self.made_anew: list[int] = []
         """Segments whose index or columns were damaged, and are made of their vectors and rows again."""
+        self.damaged_originals: list[LostItem] = []
+        """Items whose original was missing or damaged, and is not kept any more."""
         self.manifest = read_manifest(folder, space_id)
+        self.originals = Originals(folder)
+        self._buried, self._swept_at = 0, -math.inf  # rows that went since the last sweep, and when it was
         self._write_lock = threading.Lock()
         self._waiting: deque[_Write] = deque()
         self._closed = False
@@ -111,12 +126,17 @@ class Collection(Readable):
             opened.pop_all()
 
     @classmethod
-    def create(cls, folder: Path, space_id: str, dim: int, policy: IndexPolicy | None = None) -> Collection:
-        """Make an empty collection whose indexes keep to `policy`. Raises `RefusalError` on a folder that is not empty."""
+    def create(
+        cls, folder: Path, space_id: str, dim: int, policy: IndexPolicy | None = None, *, keep_originals: bool = False,
+        thumbnail_pixels: int = 0, follows: str = "",
+    ) -> Collection:  # fmt: skip
+        """Make an empty collection whose indexes keep to `policy`; for the others see `CollectionManifest`. Raises
+        `RefusalError` on a folder that is not empty."""
         # What an interrupted start of ours may have left; collection.json is written last.
         own = (
             "building",
             "lock",
+            "sources",
             "unreadable.tsv",
             "records.sqlite",
             "records.sqlite-wal",
@@ -138,7 +158,10 @@ class Collection(Readable):
                 f"{folder} holds {used:,} records and no collection.json: restore it from a backup, or choose another folder"
             )
         now = datetime.now(UTC).replace(microsecond=0)
-        manifest = CollectionManifest(space_id=space_id, dim=dim, created=now, policy=policy)
+        manifest = CollectionManifest(
+            space_id=space_id, dim=dim, created=now, policy=policy, uid=uuid.uuid4().hex, keep_originals=keep_originals,
+            thumbnail_pixels=thumbnail_pixels, follows=follows,
+        )  # fmt: skip
         write_file(folder / "collection.json", manifest.sealed().model_dump_json(indent=2))
         return cls(folder)
 
@@ -155,6 +178,11 @@ class Collection(Readable):
         with self._open():
             return self._records.made(keys)
 
+    def digests(self, keys: Sequence[str]) -> dict[str, tuple[str | None, bool]]:
+        """Of those of the items that are there: the digest of their picture, and whether it has a file of its own."""
+        with self._open():
+            return self._records.digests(keys)
+
     def files(self) -> dict[str, FileState]:
         """The file behind each key."""
         with self._open():
@@ -162,11 +190,19 @@ class Collection(Readable):
 
     # --- writing ------------------------------------------------------------------------------------------------
 
-    def upsert(self, rows: Sequence[NewRow], vectors: Embeddings) -> list[int]:
+    def upsert(
+        self, rows: Sequence[NewRow], vectors: Embeddings, pictures: Sequence[bytes | None] | None = None
+    ) -> list[int]:
         """Insert or replace rows with vectors [N, D]; returns sequence numbers. Durable and visible on return.
 
-        Of rows with the same key the last one counts. Raises `InvalidArgumentError`; then nothing was written.
+        Of rows with the same key the last one counts. `pictures`: the encoded bytes of those that came so; a collection
+        that keeps originals keeps them. Raises `InvalidArgumentError`; then nothing was written.
         """
+        if pictures is not None and self.manifest.keep_originals:
+            given = zip(rows, pictures, strict=True)
+            rows = [row if p is None else row._replace(file_sha256=digest_of(p)) for row, p in given]
+            with self.originals.kept(picture for picture in pictures if picture is not None):
+                return self.upsert(rows, vectors)
         for i, row in enumerate(rows):
             check_key(row.key, f"items[{i}].key")
             check_payload(row.payload, f"items[{i}].payload")
@@ -331,9 +367,12 @@ class Collection(Readable):
 
         def new() -> Iterator[NewRow]:
             common = NewRow("", origin=origin)
-            for part in rows.select(names).to_batches(BLOCK):
-                for values in zip(*(column.to_pylist() for column in part.columns), strict=True):
-                    yield common._replace(**dict(zip(names, values, strict=True)))
+            for part in rows.to_batches(BLOCK):
+                columns = [
+                    part[name].to_pylist() if name in names else repeat(getattr(common, name))
+                    for name in NewRow._fields
+                ]
+                yield from map(NewRow._make, zip(*columns, strict=False))
 
         self._add(rows["key"].to_pylist(), new, batch)
 
@@ -355,15 +394,24 @@ class Collection(Readable):
             # Nobody else takes sequence numbers meanwhile; they are taken with the commit, so that all up to one are there.
             first = self._records.counter("sequence") + 1
             ids, sequences = range(first_id, first_id + len(keys)), range(first, first + len(keys))
-            with self._unless_committed(number):
+
+            def insert() -> dict[str, tuple[int, int | None]]:
+                self._records.take("sequence", len(keys))
+                places = self._records.places(keys) if len(self) else {}
+                at = {key: i for i, key in enumerate(keys) if key in places} if places else {}
+                self._records.bury(self._burials(places, at, first))
+                self._records.insert(rows(), ids, sequences, number, None)
+                return places
+
+            with (
+                self._unless_committed(number),
+                self._records.transaction(),
+                ThreadPoolExecutor(1, "insert") as beside,
+            ):
+                inserting = beside.submit(insert)  # while the segment is written; the commit comes after both
                 segment = self._segment(number, batch(ids, sequences))
-                with self._records.transaction():
-                    self._records.take("sequence", len(keys))
-                    places = self._records.places(keys) if len(self) else {}
-                    at = {key: i for i, key in enumerate(keys) if key in places} if places else {}
-                    self._records.bury(self._burials(places, at, first))
-                    self._records.insert(rows(), ids, sequences, number, None)
-                    self._records.adopt(number)
+                places = inserting.result()
+                self._records.adopt(number)
             # From here on nothing can fail: memory follows the disk.
             dead = dict(places.values())
             self._publish_writes(sequences[-1], dead, [], self._no_vectors(), [], Part(number, segment))
@@ -419,12 +467,12 @@ class Collection(Readable):
             merged = self.compact()
 
     def upgrade(self) -> None:
-        """Write everything in the present format, as one segment."""
+        """Write everything in the present format, in as few segments as can be."""
         self.keep_to(self.manifest.policy)
 
     def keep_to(self, policy: IndexPolicy) -> None:
-        """Change what the indexes keep to, and build them again, as one segment in the present format. Raises
-        `RefusalError` on a factory string that cannot be used; then the old policy stays."""
+        """Change what the indexes keep to, and build them again, in as few segments as can be and in the present format.
+        Raises `RefusalError` on a factory string that cannot be used; then the old policy stays."""
         check_factory(policy, self.dim)
         with self._merge_lock:
             before = self.manifest
@@ -438,49 +486,51 @@ class Collection(Readable):
             write_file(self.folder / "collection.json", self.manifest.sealed().model_dump_json(indent=2))
 
     def compact(self, everything: bool = False, rebuild: bool = False) -> int:
-        """Merge segments into one without their dead rows: `everything` (to `rebuild`, a single one without dead rows, too),
-        or what is worth it. Returns how many were merged.
+        """Merge segments, without their dead rows: `everything` into as few as can be (to `rebuild`, those that stay alone,
+        too), or what is worth it. Returns how many were merged.
 
         Searches, writes and flushes go on meanwhile. Killed at any point, the collection holds the old segments or the new.
         """
         with self._merge_lock:
-            with self._open():
-                parts = self._view.parts
-                if everything:
-                    old = parts if rebuild or len(parts) > 1 or any(p.count < len(p.segment) for p in parts) else ()
-                else:
-                    old = worth_merging(parts)
-                if not old or self._stopping:
-                    return 0
-                numbers = [part.number for part in old]
-                with self._records.transaction():
-                    number = self._records.take("segment")
-                before = self._records.counter("sequence")
-                made_by: Counter[str] = Counter()
-                for each in numbers:
-                    made_by.update(self._records.origins(each))
-            living = [np.flatnonzero(part.flags()) for part in old]
-            segment = None
-            if any(map(len, living)):
-                segment = self._segment(number, joined([part.segment for part in old], living, made_by))
-            with self._unless_committed(number), self._open():
-                with self._records.transaction():
-                    self._records.merge(numbers, None if segment is None else number, before)
-                # From here on nothing can fail. Rows replaced or deleted meanwhile are dead in the new segment.
-                now = {part.number: part for part in self._view.parts}
-                kept = [part for part in self._view.parts if part.number not in numbers]
-                if segment is not None:
-                    merged = Part(number, segment)
-                    died = [
-                        row_id
-                        for part in old
-                        for row_id in part.segment.ids[part.flags() > now[part.number].flags()].tolist()
-                    ]
-                    kept.append(merged.without([segment.position(i) for i in died]) if died else merged)
-                self._view = replace(self._view, parts=tuple(kept))
-            for gone in numbers:  # readers that still search them have their files mapped
-                self._remove(self._segment_folder(gone))
-            return len(old)
+            parts = self._view.parts
+            groups = packed(parts, rebuild) if everything else [worth_merging(parts)]
+            return sum(self._merge([part.number for part in group]) for group in groups if group)
+
+    def _merge(self, numbers: Sequence[int]) -> int:
+        """Replace segments by one with their living rows; returns how many they were. Under the merge lock: nobody else
+        takes segments away."""
+        with self._open():
+            if self._stopping:
+                return 0
+            old = [part for part in self._view.parts if part.number in numbers]
+            with self._records.transaction():
+                number = self._records.take("segment")
+            before = self._records.counter("sequence")
+            made_by: Counter[str] = Counter()
+            for each in numbers:
+                made_by.update(self._records.origins(each))
+        living = [np.flatnonzero(part.flags()) for part in old]
+        segment = None
+        if any(map(len, living)):
+            segment = self._segment(number, joined([part.segment for part in old], living, made_by))
+        with self._unless_committed(number), self._open():
+            with self._records.transaction():
+                self._records.merge(numbers, None if segment is None else number, before)
+            # From here on nothing can fail. Rows replaced or deleted meanwhile are dead in the new segment.
+            now = {part.number: part for part in self._view.parts}
+            kept = [part for part in self._view.parts if part.number not in numbers]
+            if segment is not None:
+                merged = Part(number, segment)
+                died = [
+                    row_id
+                    for part in old
+                    for row_id in part.segment.ids[part.flags() > now[part.number].flags()].tolist()
+                ]
+                kept.append(merged.without([segment.position(i) for i in died]) if died else merged)
+            self._view = replace(self._view, parts=tuple(kept))
+        for gone in numbers:  # readers that still search them have their files mapped
+            self._remove(self._segment_folder(gone))
+        return len(old)
 
     def verify(self) -> None:
         """Read everything: checksums of whole files, the records' own structure, and that both hold the same rows. Writes
@@ -493,8 +543,47 @@ class Collection(Readable):
                 )
             for part in self._view.parts:
                 part.segment.verify(full=True)
-                if part.segment.identities() != self._records.held(part.number):
+                if not self._records.are_held(part.number, part.segment.identities()):
                     raise self._disagreement(part.segment)
+            for digest in self._records.originals():
+                if not self.originals.is_sound(digest):
+                    raise RefusalError(
+                        f"{place_of(self.originals.folder, digest)} is missing or damaged: `likewise index verify "
+                        "--recover` lists the items that it was kept for"
+                    )
+
+    @property
+    def sweep_due(self) -> bool:
+        """Whether originals may lie there that no item names: after the opening, and an hour after one went."""
+        due = time.monotonic() - self._swept_at > SWEEP_SECONDS
+        return due and (self._buried > 0 or self._swept_at < 0) and self.originals.folder.is_dir()
+
+    def sweep(self) -> Swept:
+        """Remove the originals that no item names any more. Searches and writes go on meanwhile."""
+        self._buried, self._swept_at = 0, time.monotonic()
+        return self.originals.sweep(self._kept)
+
+    def _kept(self, prefix: str) -> list[str]:
+        """Digests that begin so of the originals of live rows, as of now."""
+        with self._reader.moment():
+            return self._reader.originals(prefix)
+
+    @property
+    def followed(self) -> int:
+        """Of a collection that follows another: sequence number of the last of its writes that is in this one."""
+        with self._open():
+            return self._records.counter("followed")
+
+    def follow(self, sequence: int) -> None:
+        """Note that the writes up to one of the collection that this one follows are in it."""
+        with self._open(), self._records.transaction():
+            self._records.reach("followed", sequence)
+
+    def follow_restored(self, uid: str) -> None:
+        """Note that what this collection follows was restored from a snapshot that holds what is in this one: its uid."""
+        with self._open():
+            self.manifest = self.manifest.model_copy(update={"follows": uid})
+            write_file(self.folder / "collection.json", self.manifest.sealed().model_dump_json(indent=2))
 
     def shrink(self) -> None:
         """Give room that is free in records.sqlite back to the disk."""
@@ -517,6 +606,7 @@ class Collection(Readable):
 
     def close(self) -> None:
         """Release files and lock; waits for a write or flush that is under way. Later calls are refused."""
+        self.originals.close()
         with self._merge_lock, self._flush_lock, self._write_lock:
             self._closed = True
             self._reader.close()
@@ -550,6 +640,7 @@ class Collection(Readable):
         origins: list[str], new: Part | None = None,
     ) -> None:  # fmt: skip
         """Replace the view after a commit, in one step: rows `dead` (id → segment) go, `rows` or a `new` segment come."""
+        self._buried += len(dead)
         view = self._view
         parts = []
         for part in view.parts:
@@ -576,18 +667,37 @@ class Collection(Readable):
             except (RefusalError, OSError):
                 lost = [LostItem(*row) for row in self._records.alive(number)]
                 # First what can be done again: the list, and the folder aside.
-                with (self.folder / "lost.tsv").open("a") as file:
-                    file.write("".join(f"{printable(key)}\t{printable(uri)}\n" for key, uri in lost))
+                self._list_lost("lost.tsv", lost)
                 self._set_aside(number)
                 with self._records.transaction():
                     self._records.lose(number)
                 self.lost += lost
+        for digest in self._records.originals():
+            if not self.originals.is_sound(digest):
+                self._forget_original(digest)
+
+    def _forget_original(self, digest: str) -> None:
+        """Name the items whose original is missing or damaged; they stay, and nothing is kept for them. What is left of it
+        goes to damaged/."""
+        damaged = place_of(self.originals.folder, digest)
+        if damaged.exists():
+            aside = self.folder / "damaged"
+            make_folder(aside)
+            damaged.rename(aside / digest)
+        with self._records.transaction():
+            without = [LostItem(*row) for row in self._records.forget_original(digest)]
+        self._list_lost("lost-originals.tsv", without)
+        self.damaged_originals += without
+
+    def _list_lost(self, name: str, items: Sequence[LostItem]) -> None:
+        with (self.folder / name).open("a") as file:
+            file.write("".join(f"{printable(key)}\t{printable(uri)}\n" for key, uri in items))
 
     def _make_anew(self, number: int) -> None:
         """Replace a segment by one with the same rows and vectors. Raises `RefusalError` or `OSError` where it cannot be."""
         rows, vectors = remains(self._segment_folder(number))
         ids = rows["id"].to_numpy()
-        if list(zip(ids.tolist(), rows["key"].to_pylist(), strict=True)) != self._records.held(number):
+        if not self._records.are_held(number, identities(rows)):
             raise RefusalError(f"{self._segment_folder(number)} holds other rows than the records say")
         dead = [row_id for segment, row_id in self._records.tombstones() if segment == number]
         living = np.flatnonzero(~np.isin(ids, dead))
@@ -633,18 +743,33 @@ class Collection(Readable):
 
 
 def worth_merging(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """The segments to merge now: those with many dead rows, and where four or more are of about one size, these.
+    """The segments to merge now: those with many dead rows, and where four or more are of about one size, these; the
+    smallest of them, where all would make too large a segment.
 
     So each row is written about log₄ N times, and a search visits about 3 log₄ N segments (the size-tiered compaction of
-    log-structured stores, O'Neil et al. 1996).
+    log-structured stores, O'Neil et al. 1996), and one more per `LARGEST` rows.
     """
     tiers: dict[int, list[Part]] = {}
     for part in parts:
-        tiers.setdefault(int(math.log(max(part.count, 1), TIER)), []).append(part)
+        if part.count <= LARGEST // 2:
+            tiers.setdefault(int(math.log(max(part.count, 1), TIER)), []).append(part)
     crowded = next((tiers[size] for size in sorted(tiers) if len(tiers[size]) >= TIER), [])
-    chosen = {part.number for part in crowded}
-    chosen |= {part.number for part in parts if len(part.segment) - part.count >= DEAD_SHARE * len(part.segment)}
+    dead = [part for part in parts if len(part.segment) - part.count >= DEAD_SHARE * len(part.segment)]
+    wanted = sorted({part.number: part for part in [*crowded, *dead]}.values(), key=lambda part: part.count)
+    total = list(accumulate(part.count for part in wanted))
+    chosen = {part.number for part, rows in zip(wanted, total, strict=True) if rows <= LARGEST or part is wanted[0]}
     return tuple(part for part in parts if part.number in chosen)
+
+
+def packed(parts: Sequence[Part], rebuild: bool) -> list[list[Part]]:
+    """Segments in groups, oldest first, each of which makes one that is not too large; without those that alone would be as
+    they are, unless they are to be built again (`rebuild`)."""
+    groups: list[list[Part]] = []
+    for part in parts:
+        if not groups or sum(each.count for each in groups[-1]) + part.count > LARGEST:
+            groups.append([])
+        groups[-1].append(part)
+    return [g for g in groups if rebuild or len(g) > 1 or g[0].count < len(g[0].segment)]
 
 
 def check_key(key: str, field: str) -> None:

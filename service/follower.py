@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from export.bundle import RefusalError
+from service.originals import Originals
 from service.reading import Readable, StoredItem, read_manifest
 from service.records import ClosedError, Reader
 
@@ -25,6 +26,7 @@ class Follower(Readable):
         self.folder = folder
         self.manifest = read_manifest(folder, space_id)
         self._opened_inode = self._inode()
+        self.originals = Originals(folder)
         self._reader = Reader(folder / "records.sqlite")
         self._refreshing = threading.Lock()
         self._stop = threading.Event()

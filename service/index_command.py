@@ -57,6 +57,11 @@ class IndexCompact(Constraints):
                 merged = collection.compact(everything=True)
                 said = f"{merged} segments merged" if merged else "nothing to merge"
             collection.shrink()
+            swept = collection.sweep()
+            if swept.files:
+                console.print(
+                    f"{swept.files:,} originals of items that are gone removed, {swept.bytes / 2**20:,.1f} MiB"
+                )
             console.print(
                 f"{said}: {len(collection):,} items, {before / 2**20:,.1f} → {_bytes(self.collection) / 2**20:,.1f} MiB"
             )
@@ -89,6 +94,11 @@ class IndexVerify(BaseModel):
                 console.print(
                     f"{len(collection.lost):,} items were given up, see {self.collection / 'lost.tsv'}; what is left of "
                     f"their segments is in {self.collection / 'damaged'}"
+                )
+            if collection.damaged_originals:
+                console.print(
+                    f"the originals of {len(collection.damaged_originals):,} items were missing or damaged, see "
+                    f"{self.collection / 'lost-originals.tsv'}: the items stay, another encoder cannot embed them"
                 )
             console.print(
                 f"sound: {len(collection):,} items in {len(collection.segments())} segments, {collection.fresh_count:,} "
@@ -167,6 +177,13 @@ def describe(collection: Collection) -> dict[str, Any]:
         "fresh": collection.fresh_count,
         "sequence": collection.sequence,
         "created": collection.manifest.created.isoformat(),
+        "uid": collection.uid,
+        "keep_originals": collection.manifest.keep_originals,
+        "originals": collection.originals.extent()._asdict(),
+        "thumbnail_pixels": collection.manifest.thumbnail_pixels,
+        "follows": {"uid": follows, "sequence": collection.followed}
+        if (follows := collection.manifest.follows)
+        else None,
         "origins": sorted(collection.origins),
         "bytes": _bytes(collection.folder),
         "policy": collection.manifest.policy.model_dump(exclude_none=True),
@@ -181,6 +198,7 @@ def _lines(found: dict[str, Any], segments: list[SegmentInfo]) -> list[str]:
         f"created    {found['created']}, {found['sequence']:,} writes",
         f"vectors    made by {', '.join(found['origins']) or 'clients'}",
         f"fresh      {found['fresh']:,} rows in no segment yet, searched exactly",
+        *_kept_lines(found),
         "",
         f"{'segment':<9}{'rows':>12}{'dead':>10}{'MiB':>10}  {'index':<20}{'visits':>7}{'recall@10':>11}",
     ]
@@ -188,6 +206,23 @@ def _lines(found: dict[str, Any], segments: list[SegmentInfo]) -> list[str]:
         lines.append(
             f"{segment.number:04d}     {segment.rows:>12,}{segment.dead:>10,}{segment.bytes / 2**20:>10,.1f}  "
             f"{segment.info.factory:<20}{segment.info.visits or 'all':>7}{segment.info.recall_at_10:>11.3f}"
+        )
+    return lines
+
+
+def _kept_lines(found: dict[str, Any]) -> list[str]:
+    """What is kept of pictures, and which collection this one follows, where there is anything to say."""
+    kept, lines = found["originals"], []
+    if found["keep_originals"] or kept["files"]:
+        how = "kept" if found["keep_originals"] else "kept before, not of new items"
+        lines.append(
+            f"originals  {kept['files']:,} pictures that came as bytes, {kept['bytes'] / 2**20:,.1f} MiB, {how}"
+        )
+    if found["thumbnail_pixels"]:
+        lines.append(f"thumbnails of pictures that come as bytes, {found['thumbnail_pixels']} pixels")
+    if found["follows"]:
+        lines.append(
+            f"follows    the collection {found['follows']['uid']}, up to write {found['follows']['sequence']:,}"
         )
     return lines
 

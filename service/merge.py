@@ -11,6 +11,7 @@ from rich.console import Console
 from export.bundle import Embeddings, RefusalError
 from service.collection import Collection
 from service.config import Constraints
+from service.reading import read_manifest
 from service.records import Made
 from service.store import NAME, NAME_RULE
 
@@ -50,7 +51,12 @@ def merge(asked: IndexMerge) -> None:
                         asked.check(target.manifest.policy, asked.out)
                     else:
                         policy = asked.policy(source.manifest.policy)
-                        target = Collection.create(asked.out, source.space_id, source.dim, policy)
+                        manifests = [read_manifest(each, source.space_id) for each in asked.collections]
+                        target = Collection.create(
+                            asked.out, source.space_id, source.dim, policy,
+                            keep_originals=any(each.keep_originals for each in manifests),
+                            thumbnail_pixels=max(each.thumbnail_pixels for each in manifests),
+                        )  # fmt: skip
                 _copy(source, target)
             finally:
                 source.close()
@@ -87,4 +93,6 @@ def _add(source: Collection, target: Collection, held: list[tuple[pa.Table, Embe
     kinds = (pa.string(), pa.int64(), pa.int64(), pa.string(), pa.large_binary())
     for name, kind in zip(Made._fields, kinds, strict=True):
         rows = rows.append_column(name, pa.array([getattr(made[key], name) for key in keys], kind))
-    target.add_table(rows, [vectors for _, vectors in held])
+    kept = [each.file_sha256 for each in made.values() if each.file_size is None and each.file_sha256 is not None]
+    with target.originals.carried_over(source.originals, kept):
+        target.add_table(rows, [vectors for _, vectors in held])

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import random
 import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlparse
 
 import numpy as np
 from pydantic import Field
 
 from export.bundle import Bundle, RefusalError, list_pictures
 from export.preprocess import UnreadablePictureError
-from service.collection import Collection
+from export.sources.picture import Picture
+from service.collection import LARGEST
 from service.config import Constraints, Embedding
 from service.encoder import BUILD_BATCH, Encoder
-from service.index import bytes_of, candidates, lists_for, training_rows
+from service.follower import Follower
+from service.index import bytes_of, candidates, gpu_free, lists_for, training_rows
+from service.reembed import survey
 
 # Beside vectors and index: keys, payloads and file states in SQLite and in Arrow files, measured on 160-byte rows.
 RECORD_BYTES = 600
+# In memory while a folder is listed and compared; and of each row while its segment is written. Measured (300,000 pictures;
+# 200,000 rows of 120 bytes).
+LISTED_BYTES = 600
+ROW_BYTES = 500
 # Interpreter, libraries, blocks of vectors and the encoder at work, in bytes.
 BASE = 500 * 2**20
 
@@ -36,7 +46,7 @@ class IndexPlan(Constraints):
     dim: int | None = Field(None, gt=0)
     """Dimensions of their vectors."""
     collection: Path | None = None
-    """Instead of a folder: an existing collection, to be embedded again with --bundle."""
+    """Instead of a folder: a collection, in use or not, to be embedded again with --bundle."""
     sample: int = Field(64, ge=8, le=4096)
     """Pictures that are embedded to measure."""
     json_: bool = Field(False, alias="json")
@@ -68,6 +78,7 @@ def plan(asked: IndexPlan) -> dict[str, Any]:
     if sum(given is not None for given in (asked.images, asked.rows, asked.collection)) != 1:
         raise RefusalError("give one of --images, --collection, and --rows with --dim")
     found: dict[str, Any] = {}
+    some: list[Picture] = []
     bundle = None if asked.bundle is None else Bundle.open(asked.bundle)
     if asked.rows is None and bundle is None:
         raise RefusalError("pictures are embedded by a bundle: pass --bundle")
@@ -78,32 +89,42 @@ def plan(asked: IndexPlan) -> dict[str, Any]:
     elif asked.images is not None:
         unread: list[tuple[str, str]] = []
         pictures = list_pictures(asked.images, unread)
-        count = len(pictures)
+        count, some = len(pictures), _spread(pictures, asked.sample)
         found |= {"pictures": count, "picture_bytes": sum(p.size for p in pictures), "unreadable": len(unread)}
     else:
         assert asked.collection is not None
-        count, missing = _sources(asked.collection)
-        found |= {"items": count, "without_source": missing}
+        some, there, without = _sources(asked.collection, asked.sample)
+        count = sum(there.values())
+        found |= {"items": count + sum(without.values()), "embeddable": count}
+        found |= {f"from_{where}": there[where] for where in ("files", "remote", "originals") if there[where]}
+        found |= {f"without_{reason}": number for reason, number in without.items()}
     dim = asked.dim or (bundle.dim if bundle is not None else 0)
     found["dimensions"] = dim
-    if asked.images is not None:
-        assert asked.bundle is not None
-        speed = _measured(asked, _spread(pictures, asked.sample))
+    if some:
+        speed = _measured(asked, some)
         found |= {
             "embedding_with": speed.where, "pictures_per_second": round(speed.pictures, 1),
             "embedding_seconds": round(count / speed.pictures), "unreadable_in_sample": speed.unreadable,
         }  # fmt: skip
     policy = asked.policy()
-    factory = candidates(count, dim, policy, policy.max_memory)[0]
+    factory = candidates(count, dim, policy, policy.max_memory, gpu_free())[0]
     index = bytes_of(factory, count, dim)
     stored = count * dim * (2 if policy.vectors == "float16" else 4)
     found |= {
         "index": factory, "index_bytes": index, "index_seconds": round(_index_seconds(factory, count, dim)),
-        "disk_bytes": stored + index + count * RECORD_BYTES, "peak_memory_bytes": BASE + index,
+        "disk_bytes": stored + index + count * RECORD_BYTES,
+        "peak_memory_bytes": _peak_memory(factory, count, dim, asked.images is not None),
     }  # fmt: skip
     if policy.max_memory is not None and index > policy.max_memory:
         found["warning"] = "no index that is known here is so small: allow more memory, or store fewer dimensions"
     return found
+
+
+def _peak_memory(factory: str, count: int, dim: int, listed: bool) -> int:
+    """Vectors and finished indexes are mapped from the disk; in memory are the rows and the index of the segment that is
+    being written, which has at most `LARGEST` rows, and the list of the pictures."""
+    rows = min(count, LARGEST)
+    return BASE + bytes_of(factory, rows, dim) + rows * ROW_BYTES + (count * LISTED_BYTES if listed else 0)
 
 
 def _said(name: str, value: Any) -> str:
@@ -114,12 +135,12 @@ def _said(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
-def _spread(pictures: list[Any], count: int) -> list[Any]:
+def _spread(pictures: Sequence[Picture], count: int) -> list[Picture]:
     """As many from everywhere in a list."""
     return [pictures[i] for i in sorted({int(i) for i in np.linspace(0, len(pictures) - 1, min(count, len(pictures)))})]
 
 
-def _measured(asked: IndexPlan, pictures: list[Any]) -> _Speed:
+def _measured(asked: IndexPlan, pictures: list[Picture]) -> _Speed:
     """Embed a sample as a build does."""
     encoder = Encoder(Bundle.open(asked.bundle or Path()), Embedding.model_validate({"bundle": asked.bundle}))
     try:
@@ -136,18 +157,24 @@ def _measured(asked: IndexPlan, pictures: list[Any]) -> _Speed:
         encoder.close()
 
 
-def _sources(folder: Path) -> tuple[int, int]:
-    """Items of a collection, and how many of them have no file any more that could be embedded again."""
-    collection = Collection(folder)
-    try:
-        missing = 0
-        for rows, _ in collection.scan():
-            for uri in rows["source_uri"].to_pylist():
-                parsed = urlparse(uri)
-                missing += not (parsed.scheme == "file" and Path(unquote(parsed.path)).is_file())
-        return len(collection), missing
-    finally:
-        collection.close()
+def _sources(folder: Path, sample: int) -> tuple[list[Picture], Counter[str], dict[str, int]]:
+    """Of a collection, that may be in use: some of the pictures that could be embedded again, how many there are by where
+    they lie, and how many items have none, by reason."""
+    some: list[Picture] = []
+    rng, met = random.Random(0), 0
+
+    def meet(picture: Picture) -> None:
+        """Each of the pictures met is among those kept with the same chance (reservoir sampling, Vitter 1985)."""
+        nonlocal met
+        met += 1
+        if len(some) < sample:
+            some.append(picture)
+        elif (at := rng.randrange(met)) < sample:
+            some[at] = picture
+
+    with closing(Follower(folder, every=None)) as old:
+        found = survey(old, meet=meet)
+    return some, found.there, {reason: len(keys) for reason, keys in sorted(found.without.items())}
 
 
 def _index_seconds(factory: str, count: int, dim: int) -> float:

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from export.bundle import Embeddings, RefusalError, Sealed, read_contract
+from export.bundle import Contract, Embeddings, RefusalError, Sealed, read_contract, sha256_json
 from service.errors import InvalidArgumentError, MismatchError, NotFoundError
 from service.filter import Filter, payload_path
 from service.fresh import Fresh
 from service.index import IndexInfo
+from service.originals import MissingOriginalError, Originals
 from service.policy import IndexPolicy
-from service.records import ClosedError, Reader, Reads, Record
+from service.records import ClosedError, Reader, Reads, Record, Writes
 from service.segment import Segment, StoredRow
 from service.view import Hit, Part, View
 
@@ -25,6 +26,15 @@ OLDEST_FORMAT = 1
 # Keys of larger segments are compared with the records by `verify` alone; their ids' count, sum and maximum always.
 COMPARED_UP_TO = 20_000
 AGAIN = "restore the collection from a backup, or build it again"
+
+
+class Point(Contract):
+    """A collection as it was after one of its writes."""
+
+    uid: str
+    """Which collection."""
+    sequence: int
+    """Sequence number of the write."""
 
 
 class CollectionManifest(Sealed):
@@ -42,6 +52,16 @@ class CollectionManifest(Sealed):
     """When."""
     policy: IndexPolicy = IndexPolicy()
     """What its indexes keep to (from format 2 on)."""
+    uid: str = ""
+    """Names its history of writes; '' in older collections, see `Readable.uid`."""
+    keep_originals: bool = False
+    """Whether pictures that come as bytes are kept, so that another encoder can embed them."""
+    thumbnail_pixels: int = 0
+    """Longer side of the thumbnails that are made of pictures which come as bytes; 0: none."""
+    follows: str = ""
+    """The collection that this one holds the pictures of, in another space: its uid; '' for none."""
+    restored: Point | None = None
+    """What a snapshot held that this collection was restored from."""
 
 
 class StoredItem(NamedTuple):
@@ -87,11 +107,17 @@ def read_manifest(folder: Path, space_id: str | None) -> CollectionManifest:
     return manifest
 
 
+def uid_of(manifest: CollectionManifest) -> str:
+    """The collection's uid; of older ones, which have none, one that follows from what stays as it is."""
+    return manifest.uid or sha256_json([manifest.space_id, manifest.dim, manifest.created.isoformat()])[:32]
+
+
 class Readable:
     """A collection as those see it who do not write."""
 
     folder: Path
     manifest: CollectionManifest
+    originals: Originals
     _view: View
     _sequence: int
     _reader: Reader
@@ -100,6 +126,11 @@ class Readable:
     def name(self) -> str:
         """Its folder's name."""
         return self.folder.name
+
+    @property
+    def uid(self) -> str:
+        """Names its history of writes: two collections with one uid are copies of each other."""
+        return uid_of(self.manifest)
 
     @property
     def space_id(self) -> str:
@@ -207,6 +238,43 @@ class Readable:
         except ClosedError:
             raise self._gone() from None
 
+    def original(self, row_id: int) -> bytes | None:
+        """The encoded picture that a live row was made of, where it came as bytes and was kept; else None. Raises
+        `DataLossError` where it is missing or damaged."""
+        digest = self._kept_as(row_id)
+        if digest is None:
+            return None
+        try:
+            return self.originals.read(digest)
+        except MissingOriginalError:
+            if self._kept_as(row_id) is None:
+                return None  # replaced or deleted meanwhile
+            raise
+
+    def _kept_as(self, row_id: int) -> str | None:
+        try:
+            with self._reader.moment():
+                return self._reader.kept_as(row_id)
+        except ClosedError:
+            raise self._gone() from None
+
+    def latest(self) -> int:
+        """Sequence number of the last write, committed up to now, whatever the view has seen."""
+        try:
+            with self._reader.moment():
+                return self._reader.counter("sequence")
+        except ClosedError:
+            raise self._gone() from None
+
+    def writes(self, after: int, count: int) -> Writes:
+        """About `count` writes after a sequence number, as of one moment, whatever the view has seen. Raises
+        `RefusalError` on records of before files were followed, which no writer has opened since."""
+        try:
+            with self._reader.moment():
+                return self._reader.writes(after, count)
+        except ClosedError:
+            raise self._gone() from None
+
     def scan(self) -> Iterator[tuple[pa.Table, Embeddings]]:
         """Every live item, block by block, as of now: id, key, payload, source_uri and sequence, and vectors [N, D]."""
         return self._view.scan()
@@ -242,7 +310,7 @@ class Readable:
         extent = (len(ids), int(ids.sum()), int(ids[-1]) if len(ids) else 0)
         same = segment.manifest.dim == self.dim and extent == records.extent(number)
         if same and (full or len(ids) <= COMPARED_UP_TO):
-            same = segment.identities() == records.held(number)
+            same = records.are_held(number, segment.identities())
         if not same:
             raise self._disagreement(segment)
         return segment

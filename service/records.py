@@ -43,7 +43,12 @@ CREATE INDEX IF NOT EXISTS items_fresh ON items (id) WHERE live = 1 AND segment 
 CREATE TABLE IF NOT EXISTS segments (number INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE IF NOT EXISTS thumbnails (id INTEGER PRIMARY KEY, jpeg BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
-INSERT OR IGNORE INTO counters VALUES ('sequence', 0), ('id', 0), ('segment', 0);
+INSERT OR IGNORE INTO counters VALUES ('sequence', 0), ('id', 0), ('segment', 0), ('followed', 0);
+"""
+# After file_sha256 is there, which collections of before files were followed lack.
+_ORIGINALS = """
+CREATE INDEX IF NOT EXISTS items_originals ON items (file_sha256)
+    WHERE live = 1 AND file_size IS NULL AND file_sha256 IS NOT NULL
 """
 
 
@@ -65,6 +70,7 @@ class NewRow(NamedTuple):
     file_size: int | None = None
     file_mtime_ns: int | None = None
     file_sha256: str | None = None
+    """Of the encoded picture. Where there is no file (`file_size` is None) these bytes are among the originals."""
     thumbnail: bytes | None = None
     """JPEG."""
 
@@ -90,6 +96,33 @@ class Made(NamedTuple):
     file_mtime_ns: int | None
     file_sha256: str | None
     thumbnail: bytes | None
+
+
+class Written(NamedTuple):
+    """A live row without its vector: what an encoder needs to embed it again, and what stays then."""
+
+    id: int
+    sequence: int
+    row: NewRow
+    """Without its thumbnail."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its picture is among the originals."""
+        return self.row.file_size is None and self.row.file_sha256 is not None
+
+
+class Writes(NamedTuple):
+    """Writes of a collection, in their order."""
+
+    live: list[Written]
+    """Rows that were written and are there still, by sequence number."""
+    gone: list[str]
+    """Keys whose row was deleted, or replaced by a write that is not among these."""
+    upto: int
+    """Sequence number of the last one: there are no others before it."""
+    last: int
+    """Sequence number of the collection's last write."""
 
 
 class Record(NamedTuple):
@@ -133,9 +166,10 @@ class Reads:
         ).fetchone()
         return found[0], found[1], found[2]
 
-    def held(self, segment: int) -> list[tuple[int, str]]:
-        """(id, key) of the rows that a segment holds, dead ones too, by id."""
-        return self._db.execute("SELECT id, key FROM items WHERE segment = ? ORDER BY id", (segment,)).fetchall()
+    def are_held(self, segment: int, rows: Iterable[list[tuple[int, str]]]) -> bool:
+        """Whether a segment holds these rows and no others, dead ones too: (id, key) by id, block by block."""
+        held = self._db.execute("SELECT id, key FROM items WHERE segment = ? ORDER BY id", (segment,))
+        return all(held.fetchmany(len(some)) == some for some in rows) and held.fetchone() is None
 
     def segments(self) -> list[int]:
         """Numbers of the live segments."""
@@ -161,6 +195,40 @@ class Reads:
             found.update(self._db.execute(asked, list(some)))
         return found
 
+    def originals(self, prefix: str = "") -> list[str]:
+        """Digests of the pictures that came as bytes and were kept, of live rows, that begin so; ascending."""
+        asked = (
+            "SELECT DISTINCT file_sha256 FROM items WHERE live = 1 AND file_size IS NULL AND file_sha256 >= ? "
+            "AND file_sha256 < ? ORDER BY file_sha256"
+        )
+        return [digest for (digest,) in self._db.execute(asked, (prefix, f"{prefix}g"))]  # g comes after hexadecimal
+
+    def writes(self, after: int, count: int) -> Writes:
+        """About `count` writes after a sequence number; what has one number comes together. Raises `RefusalError`."""
+        if not _has_digests(self._db):
+            raise RefusalError(
+                "the records are of before files were followed: write them in today's format with `likewise index upgrade`"
+            )
+        asked = "SELECT max(sequence) FROM (SELECT sequence FROM items WHERE sequence > ? ORDER BY sequence LIMIT ?)"
+        (upto,) = self._db.execute(asked, (after, count)).fetchone()
+        last = self.counter("sequence")
+        if upto is None:
+            return Writes([], [], last, last)
+        columns = "id, sequence, key, payload, source_uri, origin, file_size, file_mtime_ns, file_sha256"
+        asked = f"SELECT {columns} FROM items WHERE live = 1 AND sequence > ? AND sequence <= ? ORDER BY sequence, id"  # noqa: S608
+        live = [Written(i, s, NewRow(*what)) for i, s, *what in self._db.execute(asked, (after, upto))]
+        there = {written.row.key for written in live}
+        asked = "SELECT DISTINCT key FROM items WHERE live = 0 AND sequence > ? AND sequence <= ? ORDER BY key"
+        gone = [key for (key,) in self._db.execute(asked, (after, upto)) if key not in there]
+        (more,) = self._db.execute("SELECT EXISTS (SELECT 1 FROM items WHERE sequence > ?)", (upto,)).fetchone()
+        return Writes(live, gone, upto if more else last, last)
+
+    def kept_as(self, row_id: int) -> str | None:
+        """The digest of a live row's original; None where there is no such row, or nothing is kept of it."""
+        asked = "SELECT file_sha256 FROM items WHERE id = ? AND live = 1 AND file_size IS NULL"
+        found = self._db.execute(asked, (row_id,)).fetchone()
+        return None if found is None else found[0]
+
     def origins(self, segment: int) -> dict[str, int]:
         """How many live rows of a segment each variant and provider made."""
         counted = "SELECT origin, count(*) FROM items WHERE segment = ? AND live = 1 GROUP BY origin"
@@ -184,8 +252,9 @@ class Records(Reads):
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_TABLES)
-            if "file_sha256" not in {name for _, name, *_ in self._db.execute("PRAGMA table_info(items)")}:
+            if not _has_digests(self._db):
                 self._db.execute("ALTER TABLE items ADD COLUMN file_sha256 TEXT")  # of before files were followed
+            self._db.execute(_ORIGINALS)
             small = path.stat().st_size <= CHECKED_UP_TO
             problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
         except sqlite3.DatabaseError as e:
@@ -325,6 +394,27 @@ class Records(Reads):
             found.update({key: Made(*what) for key, *what in self._db.execute(asked, some)})
         return found
 
+    def reach(self, counter: str, value: int) -> None:
+        """Give a counter a value. Inside a transaction."""
+        self._db.execute("UPDATE counters SET value = ? WHERE name = ?", (value, counter))
+
+    def forget_original(self, digest: str) -> list[tuple[str, str]]:
+        """Note that a picture is kept no more: (key, source URI) of the live rows that named it. Inside a transaction."""
+        named = "live = 1 AND file_size IS NULL AND file_sha256 = ?"
+        rows = self._db.execute(f"SELECT key, source_uri FROM items WHERE {named} ORDER BY key", (digest,)).fetchall()  # noqa: S608
+        self._db.execute(f"UPDATE items SET file_sha256 = NULL WHERE {named}", (digest,))  # noqa: S608
+        return rows
+
+    def digests(self, keys: Sequence[str]) -> dict[str, tuple[str | None, bool]]:
+        """Of the live rows with one of the keys: the digest of their picture, and whether it has a file of its own."""
+        found = {}
+        for low in range(0, len(keys), 1000):
+            some = keys[low : low + 1000]
+            marks = ",".join("?" * len(some))
+            asked = f"SELECT key, file_sha256, file_size FROM items WHERE live = 1 AND key IN ({marks})"  # noqa: S608
+            found.update({key: (digest, size is not None) for key, digest, size in self._db.execute(asked, some)})
+        return found
+
     def touch(self, files: Iterable[tuple[str, int]]) -> None:
         """New times of change (key, nanoseconds) of files whose bytes are the same. Inside a transaction."""
         rows = [(mtime, key) for key, mtime in files]
@@ -399,6 +489,10 @@ class Reader(Reads):
             self._db.close()
 
 
+def _has_digests(db: sqlite3.Connection) -> bool:
+    return "file_sha256" in {name for _, name, *_ in db.execute("PRAGMA table_info(items)")}
+
+
 def _live(db: sqlite3.Connection, key: str) -> Record | None:
     found = db.execute(
         "SELECT id, key, payload, source_uri, sequence, segment, vector, origin FROM items WHERE key = ? AND live = 1",
@@ -410,6 +504,17 @@ def _live(db: sqlite3.Connection, key: str) -> Record | None:
 def _record(found: tuple[int, str, str, str, int, int | None, bytes | None, str]) -> Record:
     vector = None if found[6] is None else np.frombuffer(found[6], np.float32)
     return Record(StoredRow(*found[:5]), found[5], vector, found[7])
+
+
+def originals_in(records: Path) -> list[str]:
+    """Digests of the originals that the live rows of a file of records name, that nobody writes to; ascending."""
+    with contextlib.closing(sqlite3.connect(f"{records.resolve().as_uri()}?mode=ro", uri=True)) as db:
+        if not _has_digests(db):
+            return []
+        asked = (
+            "SELECT DISTINCT file_sha256 FROM items WHERE live = 1 AND file_size IS NULL AND file_sha256 IS NOT NULL"
+        )
+        return sorted(digest for (digest,) in db.execute(asked))
 
 
 def copy_records(source: Path, target: Path) -> tuple[int, int, list[int]]:

@@ -2,10 +2,11 @@
 
     snapshot/
         collection.json, records.sqlite, segments/   a whole collection
-        snapshot.json                                SnapshotManifest: what each file must be
+        originals/                                   the pictures that its items name, each under its own digest
+        snapshot.json                                SnapshotManifest: what each other file must be
 
-A snapshot takes no lock: SQLite gives a consistent copy of the records, and the segments that they name never change. Where
-one was merged away in between, it begins again.
+A snapshot takes no lock: SQLite gives a consistent copy of the records, and the segments and originals that they name never
+change. Where one was merged or swept away in between, it begins again, with the originals that it has.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -21,8 +23,10 @@ from typing import BinaryIO
 from export.bundle import RefusalError, Sealed, make_folder, publish, read_contract, write_file
 from service.checksums import FileSum, sum_of, verify
 from service.collection import Collection
-from service.reading import COLLECTION_FORMAT, OLDEST_FORMAT, CollectionManifest
-from service.records import copy_records
+from service.errors import DataLossError
+from service.originals import MissingOriginalError, Originals, place_of
+from service.reading import COLLECTION_FORMAT, OLDEST_FORMAT, CollectionManifest, Point, uid_of
+from service.records import copy_records, originals_in
 from service.segment import Segment
 from service.store import NAME, NAME_RULE
 
@@ -47,22 +51,31 @@ class SnapshotManifest(Sealed):
     created: datetime
     """When."""
     files: dict[str, FileSum]
-    """What each file must be, by path inside the snapshot."""
+    """What each file must be, by path inside the snapshot; originals are what their names say."""
+    originals: int = 0
+    """Originals in it."""
 
 
 def take(collection: Path, out: Path, say: Say) -> SnapshotManifest:
     """Copy a collection, that may be in use, into a new folder. Raises `RefusalError`; then nothing is there."""
     manifest = _manifest_of(collection)
     with _new_folder(out) as temporary:
+        temporary.mkdir()
+        missing = None
         for _ in range(_ATTEMPTS):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            shutil.rmtree(temporary / "segments", ignore_errors=True)
+            (temporary / "records.sqlite").unlink(missing_ok=True)
             items, sequence, segments = copy_records(collection / "records.sqlite", temporary / "records.sqlite")
             try:
+                originals = copy_originals(collection, temporary, originals_in(temporary / "records.sqlite"))
                 _copy_segments(collection, temporary, segments)
                 break
-            except FileNotFoundError:
-                continue  # a merge has removed one
+            except (FileNotFoundError, MissingOriginalError) as e:  # a merge or a sweep has removed one
+                if str(e) == missing:  # no: it was named again
+                    raise RefusalError(f"the snapshot cannot be taken: {e}") from e
+                missing = str(e)
+            except DataLossError as e:
+                raise RefusalError(f"the snapshot cannot be taken: {e}") from e
         else:
             raise RefusalError(
                 f"the segments of {collection} change faster than they can be copied: take the snapshot when fewer writes "
@@ -71,17 +84,19 @@ def take(collection: Path, out: Path, say: Say) -> SnapshotManifest:
         for folder in sorted((temporary / "segments").glob("*")):
             Segment(folder, full=True)  # what was damaged before is not sealed as sound
         shutil.copyfile(collection / "collection.json", temporary / "collection.json")
+        kept = temporary / "originals"
         files = {
-            str(path.relative_to(temporary)): sum_of(path) for path in sorted(temporary.rglob("*")) if path.is_file()
+            str(path.relative_to(temporary)): sum_of(path)
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file() and kept not in path.parents
         }
         taken = SnapshotManifest(
             collection=collection.resolve().name, space_id=manifest.space_id, sequence=sequence, items=items,
-            created=datetime.now(UTC).replace(microsecond=0), files=files,
+            created=datetime.now(UTC).replace(microsecond=0), files=files, originals=originals,
         )  # fmt: skip
         write_file(temporary / "snapshot.json", taken.sealed().model_dump_json(indent=2))
-    say(
-        f"{out} holds {items:,} items, up to write {sequence:,} ({sum(f.bytes for f in files.values()) / 2**20:,.1f} MiB)"
-    )
+    size = sum(f.bytes for f in files.values()) + Originals(out).extent().bytes
+    say(f"{out} holds {items:,} items, up to write {sequence:,} ({size / 2**20:,.1f} MiB)")
     return taken
 
 
@@ -102,6 +117,15 @@ def restore(snapshot: Path, out: Path, say: Say) -> None:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(snapshot / name, temporary / name)
             verify(temporary / name, expected, "try again: the disk did not keep what was written to it", full=True)
+        try:
+            copy_originals(snapshot, temporary, originals_in(temporary / "records.sqlite"))
+        except DataLossError as e:
+            raise RefusalError(f"{snapshot} is damaged, take another snapshot: {e}") from e
+        copied = _manifest_of(temporary)
+        # What is written to it from here on is not what is written to the other.
+        point = Point(uid=uid_of(copied), sequence=manifest.sequence)
+        own = copied.model_copy(update={"uid": uuid.uuid4().hex, "restored": point})
+        write_file(temporary / "collection.json", own.sealed().model_dump_json(indent=2))
         opened = Collection(temporary)
         try:
             opened.verify()
@@ -138,6 +162,32 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise RefusalError(f"{at} cannot be copied ({e.strerror}): check its permissions and the free space") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_originals(collection: Path, target: Path, digests: Sequence[str]) -> int:
+    """Copy these pictures from one collection's folder to another's, leave those that are there, and remove others; returns
+    how many are there then. Raises `MissingOriginalError` where some are not there any more, after copying the others, and
+    `DataLossError` where one is damaged."""
+    source, copies = Originals(collection), target / "originals"
+    wanted = set(digests)
+    for path in copies.glob("??/*"):
+        if path.name not in wanted:
+            path.unlink()
+    missing: MissingOriginalError | None = None
+    for digest in digests:
+        copy = place_of(copies, digest)
+        if copy.is_file():
+            continue
+        try:
+            data = source.read(digest)  # what was damaged before is not sealed as sound
+        except MissingOriginalError as e:
+            missing = e
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(data)
+    if missing is not None:
+        raise missing
+    return len(digests)
 
 
 def _copy_segments(collection: Path, target: Path, numbers: list[int]) -> None:

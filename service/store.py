@@ -13,6 +13,7 @@ from service.collection import Collection
 from service.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PreconditionError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+THUMBNAIL_PIXELS = range(32, 1025)
 NAME_RULE = "1 to 63 of a-z, 0-9, '-' and '_' are allowed, starting with a letter or digit"
 
 
@@ -63,16 +64,24 @@ class Store:
         with self._lock:
             return [self._collections[name] for name in sorted(self._collections)]
 
-    def create(self, name: str) -> Collection:
+    def create(self, name: str, *, keep_originals: bool = False, thumbnail_pixels: int = 0) -> Collection:
         """Make an empty collection."""
         if not NAME.fullmatch(name):
             raise InvalidArgumentError(f"{name!r} cannot be a collection's name: {NAME_RULE}", "BAD_NAME", "name")
+        if thumbnail_pixels and thumbnail_pixels not in THUMBNAIL_PIXELS:
+            raise InvalidArgumentError(
+                f"thumbnail_pixels is {thumbnail_pixels}, {THUMBNAIL_PIXELS[0]} to {THUMBNAIL_PIXELS[-1]} are allowed (0: "
+                "none)", "BAD_THUMBNAIL_PIXELS", "thumbnail_pixels",
+            )  # fmt: skip
         root = self._changeable()
         with self._changing:
             if name in self._collections:
                 raise AlreadyExistsError(f"the collection {name!r} exists already", collection=name)
             try:
-                collection = Collection.create(root / name, self._space_id, self._dim)
+                collection = Collection.create(
+                    root / name, self._space_id, self._dim, keep_originals=keep_originals,
+                    thumbnail_pixels=thumbnail_pixels,
+                )  # fmt: skip
             except RefusalError as e:
                 raise PreconditionError(str(e), "FOLDER_IN_USE", collection=name) from e
             with self._lock:

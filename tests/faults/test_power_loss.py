@@ -28,7 +28,7 @@ from service.collection import Collection
 from service.errors import NotFoundError
 from tests.faults.disk import SECTOR, File, Folder, Tree, Write, lose_power
 from tests.faults.recording import Recording, record, why_not, write_tree
-from tests.faults.workload import DIM, KEYS, NUMBERS, SABOTAGES, SPACE, row, vector
+from tests.faults.workload import DIM, KEYS, NUMBERS, SABOTAGES, SPACE, picture, row, vector
 
 PLACE = "shelf/things"
 """The collection on the disk: two folders are made for it."""
@@ -90,6 +90,8 @@ def contents(collection: Collection) -> tuple[State, str | None]:
             return found, f"{key} is of {found[key]} by its payload, of {item.row.source_uri} by its place"
         if not np.array_equal(item.vector, vector(found[key])):
             return found, f"{key} has the payload of {found[key]} and another vector"
+        if collection.original(item.row.id) != picture(found[key]):
+            return found, f"{key} has the payload of {found[key]} and another original"
     if len(collection) != len(found):
         return found, f"it says that it has {len(collection)} items, and has {len(found)}"
     vectors = {key: vector(number) for key, number in found.items()}
@@ -113,15 +115,19 @@ def problem(loss: Loss, root: Path) -> str | None:
         except RefusalError as e:
             if loss.created or "is not a collection" not in str(e):
                 return f"it does not open: {e}"
-            collection = Collection.create(folder, SPACE, DIM)  # as the message says: make one
+            collection = Collection.create(folder, SPACE, DIM, keep_originals=True)  # as the message says: make one
         try:
             found, wrong = contents(collection)
             if wrong or found not in loss.possible:
                 return wrong or f"it holds {found}, possible were {loss.possible}"
-            # It must also go on: write, flush, and be there after the next opening.
+            # It must also go on: write, flush, sweep, and be there after the next opening.
             number = random.Random(loss.name).randrange(NUMBERS)
-            collection.upsert([row("k00", number)], vector(number)[None])
+            collection.upsert([row("k00", number)], vector(number)[None], [picture(number)])
             collection.flush()
+            collection.sweep()
+            named = {state.sha256 for state in collection.files().values()} - {None}
+            if collection.originals.extent().files != len(named):
+                return "a sweep leaves other originals than its items name"
             collection.close()
             collection = Collection(folder)
             found_then, wrong = contents(collection)
@@ -185,10 +191,11 @@ def problems(found: Iterable[Loss], folder: Path) -> list[str]:
 def test_the_workload_does_everything(whole: Recording) -> None:
     said = [marker.text for _, marker in whole.replay() if marker is not None]
     done = [(a["begin"], b["done"]) for a, b in itertools.pairwise(said) if "begin" in a]
-    kinds = {"create", "upsert", "delete", "flush", "add_segment", "compact", "compact_all", "reopen", "close"}
+    kinds = {"create", "upsert", "delete", "flush", "add_segment", "compact", "compact_all", "sweep", "reopen", "close"}
     assert {do for do, _ in done} == kinds
     assert max(merged for do, merged in done if do == "compact") > 1
     assert max(merged for do, merged in done if do == "compact_all") > 1
+    assert max(swept for do, swept in done if do == "sweep") > 0
 
 
 def test_acknowledged_writes_survive_power_loss(whole: Recording, folder: Path) -> None:

@@ -2,9 +2,9 @@
 
     python -m tests.faults.workload FOLDER MARKERS SEED SABOTAGE
 
-Makes the collection FOLDER, or opens the one there. Every row is a number: its payload, its place and its vector follow from
-it, so that nothing but numbers is compared. SQLite moves its log into the main file at 30 pages instead of 1000: a few
-dozen writes then see several checkpoints and a log that begins anew. SABOTAGE takes one of our syncs away.
+Makes the collection FOLDER, or opens the one there. Every row is a number: its payload, its place, its vector and its
+original follow from it, so that nothing but numbers is compared. SQLite moves its log into the main file at 30 pages instead
+of 1000: a few dozen writes then see several checkpoints and a log that begins anew. SABOTAGE takes one of our syncs away.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from unittest.mock import patch
 import numpy as np
 
 from service.collection import Collection
+from service.originals import digest_of
 from service.records import NewRow
 
 DIM = 8
 SPACE = "lw1-x"
 KEYS = [f"k{i:02d}" for i in range(40)]
 CHECKPOINT_PAGES = 30
+PICTURES = 12
 
 # Four coordinates of ±½: of length 1, and exact in any type of float that a segment may use.
 _PLACES = list(itertools.combinations(range(DIM), 4))
@@ -46,9 +48,16 @@ def vector(number: int) -> np.ndarray:
     return found
 
 
+def picture(number: int) -> bytes | None:
+    """What a row was made of: some have the same, some came as a vector."""
+    return b"picture %d" % (number % PICTURES) if number % PICTURES else None
+
+
 def row(key: str, number: int) -> NewRow:
     """The rest of a row."""
-    return NewRow(key, json.dumps({"number": number}), f"file:///{number}")
+    original = picture(number)
+    digest = None if original is None else digest_of(original)
+    return NewRow(key, json.dumps({"number": number}), f"file:///{number}", file_sha256=digest)
 
 
 class Step(NamedTuple):
@@ -70,7 +79,8 @@ def steps(seed: int) -> list[Step]:
 
     def one() -> Step:
         (do,) = rng.choices(
-            ["upsert", "delete", "flush", "add_segment", "compact", "compact_all", "reopen"], [27, 8, 8, 4, 5, 3, 3]
+            ["upsert", "delete", "flush", "add_segment", "compact", "compact_all", "sweep", "reopen"],
+            [27, 8, 8, 4, 5, 3, 5, 3],
         )
         put = some(1, 5) if do == "upsert" else some(1, 6) if do == "add_segment" else {}
         return Step(do, put, rng.sample(KEYS, rng.randint(1, 3)) if do == "delete" else [])
@@ -82,6 +92,7 @@ def steps(seed: int) -> list[Step]:
         Step("flush", *nothing),
         Step("delete", {}, rng.sample(KEYS, 3)),
         Step("compact_all", *nothing),
+        Step("sweep", *nothing),
         Step("upsert", some(1, 3), []),
         Step("close", *nothing),
     ]
@@ -99,6 +110,9 @@ FSYNCS = {
     "segments-folder": (True, r"shelf/things", True),
     "collection-folder": (True, r"shelf", None),
     "parent-folder": (True, r"\.", None),
+    "original-file": (False, r".*/originals/.*", None),
+    "original-name": (True, r".*/originals/..", None),
+    "originals-folder": (True, r".*/originals", None),
 }
 PRAGMAS = {"synchronous-normal": "NORMAL", "synchronous-off": "OFF"}
 SABOTAGES = (*PRAGMAS, *FSYNCS)
@@ -137,13 +151,17 @@ def sabotage(name: str, disk: Path) -> Iterator[list[str]]:
 
 
 def apply(collection: Collection, step: Step) -> int:
-    """Do it; how many segments were merged."""
+    """Do it; how many segments were merged, or originals swept."""
     rows = [row(key, number) for key, number in step.put.items()]
     vectors = np.array([vector(number) for number in step.put.values()], np.float32)
+    pictures = [picture(number) for number in step.put.values()]
     if step.do == "upsert":
-        collection.upsert(rows, vectors)
+        collection.upsert(rows, vectors, pictures)
     elif step.do == "add_segment":
-        collection.add_segment(rows, vectors)
+        with collection.originals.kept(each for each in pictures if each is not None):
+            collection.add_segment(rows, vectors)
+    elif step.do == "sweep":
+        return collection.sweep().files
     elif step.do == "delete":
         collection.delete(step.gone)
     elif step.do == "flush":
@@ -167,7 +185,7 @@ def main(folder: Path, markers: Path, seed: int, name: str) -> None:
 
         there = (folder / "collection.json").exists()
         say(begin="open" if there else "create", put={}, gone=[])
-        collection = Collection(folder) if there else Collection.create(folder, SPACE, DIM)
+        collection = Collection(folder) if there else Collection.create(folder, SPACE, DIM, keep_originals=True)
         say(done=0)
         for step in steps(seed):
             say(begin=step.do, put=step.put, gone=step.gone)

@@ -549,3 +549,27 @@ def test_thumbnails_stay_with_their_items(tmp_path: Path) -> None:
     collection.close()
     with pytest.raises(NotFoundError):
         collection.thumbnails([first])
+
+
+def test_no_merge_makes_a_segment_of_more_rows_than_the_largest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.collection.LARGEST", 100)
+    collection = Collection.create(tmp_path / "c", "lw1-x", DIM)
+    for number in range(6):
+        collection.add_segment([NewRow(f"{number}/{i}") for i in range(30)], unit(30, number))
+    collection.maintain()
+    sizes = [segment.rows for segment in collection.segments()]
+    assert len(collection) == 180 and max(sizes) <= 100 and len(sizes) < 6
+    collection.compact(everything=True)
+    assert sorted(segment.rows for segment in collection.segments()) == [90, 90]
+    numbers = [segment.number for segment in collection.segments()]
+    assert collection.compact(everything=True) == 0 and not collection.merge_due
+    collection.delete([f"0/{i}" for i in range(30)])
+    collection.maintain()
+    assert sorted(segment.rows for segment in collection.segments()) == [60, 90]
+    collection.upgrade()
+    assert not {segment.number for segment in collection.segments()} & set(numbers)
+    assert sorted(segment.rows for segment in collection.segments()) == [60, 90]
+    assert {hit.row.key[0] for hit in collection.search(unit(1), 150)[0]} == set("12345")
+    collection.close()

@@ -13,6 +13,7 @@ import pytest
 from likewise import main
 from service.collection import Collection
 from service.index import bytes_of
+from service.records import NewRow
 
 
 def said(capfd: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
@@ -41,19 +42,35 @@ def test_a_plan_of_pictures_and_of_a_collection(
     assert float(str(found["pictures_per_second"])) > 0 and str(found["embedding_with"]).startswith("fp32/")
     shutil.copytree(indexed / "shapes", tmp_path / "c")
     collection = Collection(tmp_path / "c")
-    key = next(iter(collection.files()))
-    moved = collection.get(key).row
-    collection.upsert([_from_client()], np.ones((1, 64), np.float32))
+    collection.upsert([NewRow("from a client")], np.ones((1, 64), np.float32))
+    gone = replace_uri(collection, "star/00003.png", "file:///nowhere/00003.png")
+    found = said(capfd, "--collection", tmp_path / "c", "--bundle", bundle, "--sample", 16)  # it is in use
     collection.close()
-    assert moved.source_uri.startswith("file://")
-    found = said(capfd, "--collection", tmp_path / "c", "--bundle", bundle)
-    assert (found["items"], found["without_source"]) == (65, 1)
+    counts = {name: found[name] for name in found if name.startswith(("items", "embeddable", "from_", "without_"))}
+    assert counts == {
+        "items": 65,
+        "embeddable": 63,
+        "from_files": 63,
+        "without_client_vectors": 1,
+        "without_files_gone": 1,
+    }
+    assert float(str(found["pictures_per_second"])) > 0 and gone == "star/00003.png"
+    assert main(["index", "plan", "--collection", str(tmp_path / "c"), "--bundle", str(bundle), "--sample", "8"]) == 0
+    assert "without_files_gone        1" in capfd.readouterr().out
 
 
-def _from_client():  # type: ignore[no-untyped-def]
-    from service.records import NewRow
+def replace_uri(collection: Collection, key: str, uri: str) -> str:
+    size, mtime_ns, sha256, _ = collection.files()[key]
+    collection.move([(key, NewRow(key, "{}", uri, "", size, mtime_ns, sha256))])
+    return key
 
-    return NewRow("from a client")
+
+def test_the_peak_of_memory_grows_with_a_segment_not_with_the_collection(capfd: pytest.CaptureFixture[str]) -> None:
+    peaks = [
+        int(str(said(capfd, "--rows", rows, "--dim", 128, "--index", "HNSW32,SQfp16")["peak_memory_bytes"]))
+        for rows in (1_000_000, 5_000_000, 500_000_000)
+    ]
+    assert peaks[0] < peaks[1] == peaks[2]
 
 
 def test_plans_that_say_too_little_are_refused(refused: Callable[..., str], pictures: Path) -> None:
