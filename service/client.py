@@ -54,6 +54,8 @@ class Neighbor(NamedTuple):
     source_uri: str
     group: int | None = None
     """Number of its group, from 0, in a grouped search."""
+    thumbnail: bytes | None = None
+    """JPEG, where it was asked for and there is one."""
 
 
 class Example(NamedTuple):
@@ -74,6 +76,10 @@ class Item(NamedTuple):
     payload: dict[str, Any]
     source_uri: str
     sequence: int
+    thumbnail: bytes | None = None
+    """JPEG, where there is one."""
+    original: bytes | None = None
+    """The encoded picture as it came, where it was asked for."""
 
 
 class NewItem(NamedTuple):
@@ -94,6 +100,10 @@ class CollectionInfo(NamedTuple):
     dimensions: int
     item_count: int
     sequence: int
+    keep_originals: bool = False
+    """Whether pictures that come as bytes are kept."""
+    thumbnail_pixels: int = 0
+    """Longer side of the thumbnails that are made of such pictures; 0: none."""
 
 
 class EncoderInfo(NamedTuple):
@@ -151,7 +161,7 @@ class Client:
         self, collection: str, *, image: bytes | None = None, vector: Embeddings | Sequence[float] | None = None,
         key: str | None = None, examples: Sequence[Example] | None = None, top_k: int = 10, min_score: float | None = None,
         filter: str = "", group_by: str = "", group_size: int = 1, expand: int = 0, alpha: float = 3.0,
-        space_id: str = "",
+        with_thumbnails: bool = False, space_id: str = "",
     ) -> list[Neighbor]:  # fmt: skip
         """Neighbours of a picture, a vector, a stored item or several examples (give one of them), best first.
 
@@ -181,6 +191,7 @@ class Client:
                 collection=collection, query=query, top_k=top_k, min_score=min_score, filter=filter, group_by=group_by,
                 group_size=group_size if group_by else None,
                 expansion=pb.Expansion(neighbors=expand, alpha=alpha) if expand else None,
+                with_thumbnails=with_thumbnails,
             )  # fmt: skip
         found: list[Neighbor] = []
         while True:
@@ -189,7 +200,7 @@ class Client:
             found += [
                 Neighbor(
                     n.item.key, n.score, json_format.MessageToDict(n.item.payload), n.item.source_uri,
-                    n.group if n.HasField("group") else None,
+                    n.group if n.HasField("group") else None, n.item.thumbnail or None,
                 )
                 for n in response.neighbors
             ]  # fmt: skip
@@ -210,15 +221,24 @@ class Client:
         request = pb.DeleteItemsRequest(collection=collection, keys=keys)
         return list(self._call(self._collections.DeleteItems, request).missing_keys)
 
-    def get(self, collection: str, key: str) -> Item:
-        """One item."""
-        i = self._call(self._collections.GetItem, pb.GetItemRequest(collection=collection, key=key)).item
+    def get(self, collection: str, key: str, *, with_original: bool = False) -> Item:
+        """One item; `with_original`: with its picture as it came, where the collection keeps them."""
+        request = pb.GetItemRequest(collection=collection, key=key, with_original=with_original)
+        i = self._call(self._collections.GetItem, request).item
         vector = np.array(i.vector.values, np.float32)
-        return Item(i.key, vector, json_format.MessageToDict(i.payload), i.source_uri, i.sequence)
+        payload = json_format.MessageToDict(i.payload)
+        return Item(i.key, vector, payload, i.source_uri, i.sequence, i.thumbnail or None, i.original or None)
 
-    def create_collection(self, name: str) -> CollectionInfo:
-        """Make an empty collection."""
-        return _info(self._call(self._collections.CreateCollection, pb.CreateCollectionRequest(name=name)).collection)
+    def create_collection(
+        self, name: str, *, keep_originals: bool = False, thumbnail_pixels: int = 0
+    ) -> CollectionInfo:
+        """Make an empty collection. `keep_originals`: pictures that come as bytes are kept, for `get` and so that another
+        encoder can embed them; `thumbnail_pixels`: longer side of thumbnails that are made of them, 32 to 1024."""
+        with _as_call_error():
+            request = pb.CreateCollectionRequest(
+                name=name, keep_originals=keep_originals, thumbnail_pixels=thumbnail_pixels
+            )
+        return _info(self._call(self._collections.CreateCollection, request).collection)
 
     def collection(self, name: str) -> CollectionInfo:
         """One collection."""
@@ -302,4 +322,6 @@ def _new_item(item: NewItem, space_id: str) -> pb.NewItem:
 
 
 def _info(c: pb.Collection) -> CollectionInfo:
-    return CollectionInfo(c.name, c.space_id, c.dimensions, c.item_count, c.sequence)
+    return CollectionInfo(
+        c.name, c.space_id, c.dimensions, c.item_count, c.sequence, c.keep_originals, c.thumbnail_pixels
+    )

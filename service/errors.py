@@ -2,7 +2,7 @@
 
     ServiceError                          code                  reason
     ├── InvalidArgumentError              INVALID_ARGUMENT      BAD_REQUEST, or a picture's own reason
-    ├── NotFoundError                     NOT_FOUND             COLLECTION_NOT_FOUND, ITEM_NOT_FOUND
+    ├── NotFoundError                     NOT_FOUND             COLLECTION_NOT_FOUND, ITEM_NOT_FOUND, ORIGINAL_NOT_FOUND
     ├── AlreadyExistsError                ALREADY_EXISTS        COLLECTION_EXISTS
     ├── MismatchError                     FAILED_PRECONDITION   MODEL_INDEX_MISMATCH
     ├── PreconditionError                 FAILED_PRECONDITION   COLLECTIONS_FIXED, ...
@@ -10,7 +10,7 @@
     ├── DiskFullError                     RESOURCE_EXHAUSTED    DISK_FULL
     ├── ExpiredError                      DEADLINE_EXCEEDED     EXPIRED_IN_QUEUE
     ├── UnavailableError                  UNAVAILABLE           DRAINING, ENCODER_UNHEALTHY (RetryInfo)
-    ├── DataLossError                     DATA_LOSS             INDEX_CHECKSUM
+    ├── DataLossError                     DATA_LOSS             INDEX_CHECKSUM, ORIGINAL_CHECKSUM, ORIGINAL_MISSING
     └── InternalError                     INTERNAL              INTERNAL
 
 Messages are whole sentences; every variable in one is also in `metadata` (AIP-193).
@@ -122,7 +122,11 @@ class QueueFullError(ServiceError):
 
     code = Code.RESOURCE_EXHAUSTED
     default_reason = "QUEUE_FULL"
-    retry_seconds = 0.5
+
+    def __init__(self, message: str, retry_seconds: float = 0.5, **metadata: object) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+        self.metadata = {name: str(value) for name, value in metadata.items()}
 
 
 class DiskFullError(ServiceError):

@@ -54,8 +54,9 @@ class Query(BaseModel):
             with Client(self.server) as client:
                 name = self.collection or _only([c.name for c in client.collections()])
                 neighbors = client.search(
-                    name, image=data, top_k=self.top_k, filter=self.filter, group_by=self.group_by, expand=self.expand
-                )
+                    name, image=data, top_k=self.top_k, filter=self.filter, group_by=self.group_by, expand=self.expand,
+                    with_thumbnails=self.out is not None,
+                )  # fmt: skip
         except CallError as e:
             picture = f"{self.picture}: " if e.reason.startswith("IMAGE_") else ""
             raise RefusalError(f"{picture}{e}") from e
@@ -70,7 +71,10 @@ class Query(BaseModel):
         if self.out:
             from service.sheet import Tile, draw_sheet, picture_of
 
-            tiles = [Tile(picture_of(n.source_uri, n.key, self.images), f"{n.score:.3f} {n.key}") for n in neighbors]
+            tiles = [
+                Tile(picture_of(n.source_uri, n.key, self.images) or n.thumbnail, f"{n.score:.3f} {n.key}")
+                for n in neighbors
+            ]
             draw_sheet([(Tile(data, self.picture.name), tiles)], self.out)
             print(f"drawn in {self.out}")
         return 0

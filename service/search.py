@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import math
 import time
@@ -18,7 +19,9 @@ from service.errors import InvalidArgumentError, ServiceError
 from service.filter import Filter, payload_path
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
-from service.servicer import Clock, Context, Engine, item_of, vector_of
+from service.pipeline import Priority
+from service.servicer import Clock, Context, Engine, deadline_of, item_of, priority_of, vector_of
+from service.view import Hit
 
 MAX_TOP_K = 1000
 MAX_DEPTH = 10_000
@@ -50,18 +53,27 @@ class SearchService(pb_grpc.SearchServiceServicer):
         engine = self._engine
         collection = engine.store.get(request.collection)
         ask = _ask(request)
-        query, keys = await self._query(request.query, collection, context, clock)
+        query, keys = await self._query(request, collection, context, clock)
         start = time.monotonic()
-        response = await engine.read(_answer, collection, query, keys, ask, request)
+        response: pb.SearchResponse
+        if ask.group_by or ask.neighbours:
+            response = await engine.read(_answer, collection, query, keys, ask, request)
+            engine.metrics.search_seconds.observe(time.monotonic() - start)
+        else:
+            response = await engine.searcher.submit(
+                collection, query, ask.offset + ask.top_k, functools.partial(_page, collection, ask, request),
+                ask.min_score, ask.wanted, keys, deadline_of(context),
+            )  # fmt: skip
         clock.search = time.monotonic() - start
-        engine.metrics.search_seconds.observe(clock.search)
         response.timings.CopyFrom(clock.timings())
         return response
 
     async def _query(
-        self, query: pb.Query, collection: Collection, context: Context, clock: Clock
+        self, request: pb.SearchRequest, collection: Collection, context: Context, clock: Clock
     ) -> tuple[Embeddings, frozenset[str]]:
         """The vector [D] to look for, and the keys that are not to be found."""
+        query = request.query
+        priority = priority_of(request.priority, Priority.INTERACTIVE)
         if query.WhichOneof("kind") == "examples":
             examples = list(query.examples.examples)
             if not 1 <= len(examples) <= MAX_EXAMPLES:
@@ -71,7 +83,8 @@ class SearchService(pb_grpc.SearchServiceServicer):
                     "query.examples",
                 )
             weights = [each.weight if each.HasField("weight") else 1.0 for each in examples]
-            vectors, keys = await self._vectors(examples, "query.examples.examples[{}]", collection, context, clock)
+            path = "query.examples.examples[{}]"
+            vectors, keys = await self._vectors(examples, path, collection, context, clock, priority)
             scale = max(map(abs, weights))
             mixed = np.asarray(weights, np.float64) / scale @ vectors if 0 < scale < math.inf else vectors[0] * math.nan
             if not np.linalg.norm(mixed) > 1e-6:
@@ -80,7 +93,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
                     "query.examples",
                 )  # fmt: skip
             return (mixed / np.linalg.norm(mixed)).astype(np.float32), keys
-        vectors, keys = await self._vectors([query], "query", collection, context, clock)
+        vectors, keys = await self._vectors([query], "query", collection, context, clock, priority)
         return vectors[0], keys
 
     async def _vectors(
@@ -90,6 +103,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
         collection: Collection,
         context: Context,
         clock: Clock,
+        priority: Priority,
     ) -> tuple[Embeddings, frozenset[str]]:
         """Vectors [N, D] of what is given, and the keys among it. The pictures are embedded together."""
         rows: dict[int, Embeddings] = {}
@@ -97,10 +111,11 @@ class SearchService(pb_grpc.SearchServiceServicer):
         if pictures:
             contents = [given[i].image.content for i in pictures]
             fields = [f"{path.format(i)}.image.content" for i in pictures]
-            for i, row in zip(pictures, await self._engine.embed(contents, fields, context, clock), strict=True):
-                if isinstance(row, ServiceError):
-                    raise row
-                rows[i] = row
+            embedded = await self._engine.embed(contents, fields, context, clock, priority)
+            for i, found in zip(pictures, embedded, strict=True):
+                if isinstance(found, ServiceError):
+                    raise found
+                rows[i] = found.vector
         keys = set()
         for i, each in enumerate(given):
             kind = each.WhichOneof("kind")
@@ -128,15 +143,32 @@ def _answer(
         groups = collection.search_groups(
             rows[0], ask.top_k, ask.group_by, ask.group_size, wanted=ask.wanted, leave_out=keys, min_score=ask.min_score
         )
+        pictures = _thumbnails(collection, [hit for hits in groups for hit in hits], request)
         for number, hits in enumerate(groups):
-            response.neighbors.extend(pb.Neighbor(item=item_of(h.row), score=h.score, group=number) for h in hits)
+            response.neighbors.extend(
+                pb.Neighbor(item=item_of(h.row, pictures.get(h.row.id)), score=h.score, group=number) for h in hits
+            )
         return response
+    (hits,) = collection.search(rows, ask.offset + ask.top_k, ask.min_score, filters=ask.wanted, leave_out=[keys])
+    return _page(collection, ask, request, hits)
+
+
+def _page(collection: Collection, ask: _Ask, request: pb.SearchRequest, hits: list[Hit]) -> pb.SearchResponse:
+    """The response from the neighbours up to the page's end."""
+    response = pb.SearchResponse(space_id=collection.space_id)
     end = ask.offset + ask.top_k
-    (hits,) = collection.search(rows, end, ask.min_score, filters=ask.wanted, leave_out=[keys])
-    response.neighbors.extend(pb.Neighbor(item=item_of(h.row), score=h.score) for h in hits[ask.offset :])
+    pictures = _thumbnails(collection, hits[ask.offset :], request)
+    response.neighbors.extend(
+        pb.Neighbor(item=item_of(h.row, pictures.get(h.row.id)), score=h.score) for h in hits[ask.offset :]
+    )
     if len(hits) == end and end < MAX_DEPTH:
         response.next_page_token = _token(request, end)
     return response
+
+
+def _thumbnails(collection: Collection, hits: Sequence[Hit], request: pb.SearchRequest) -> dict[int, bytes]:
+    """By id, where the request asks for them."""
+    return collection.thumbnails([hit.row.id for hit in hits]) if request.with_thumbnails else {}
 
 
 def _ask(request: pb.SearchRequest) -> _Ask:

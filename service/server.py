@@ -18,14 +18,17 @@ from rich.console import Console
 from export.bundle import Bundle, RefusalError
 from export.preprocess import Pixels
 from export.runtime import canary_pixels
-from service.batching import Batcher
 from service.config import Serve
+from service.decoding import ProcessDecoder, ThreadDecoder
 from service.encoder import Encoder
 from service.errors import InternalError
+from service.gpu_index import keep_to_cpu
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
+from service.pipeline import Pipeline
 from service.search import SearchService
+from service.searching import Searcher
 from service.servicer import CollectionService, EncoderService, Engine, ErrorInterceptor
 from service.store import Store
 
@@ -75,6 +78,8 @@ class Server:
     def __init__(self, asked: Serve, say: Callable[[str], None] = lambda _: None) -> None:
         """Load everything; `say` hears what is measured. Raises `RefusalError`."""
         self._asked = asked
+        if asked.device == "cpu":
+            keep_to_cpu()
         bundle = Bundle.open(asked.bundle)
         metrics = Metrics()
         encoder = Encoder(bundle, asked, say)
@@ -83,8 +88,16 @@ class Server:
         metrics.build_info.labels(
             version=metadata.version("likewise"), space_id=bundle.space_id, provider=encoder.runtime.provider
         ).set(1)
-        batcher = Batcher(encoder.embed, asked.max_batch, asked.max_wait_ms / 1000, asked.queue_limit, metrics)
-        self.engine = Engine(encoder, batcher, store, metrics)
+        self._decoder: ThreadDecoder | ProcessDecoder = ThreadDecoder(encoder)
+        if asked.decoders == "processes":
+            spec, workers = bundle.manifest.preprocess, self._decoder.workers
+            self._decoder = ProcessDecoder(spec, asked.limits, workers, asked.decode_seconds)
+        pipeline = Pipeline(
+            self._decoder.decode, self._decoder.workers, encoder.embed, asked.max_batch, asked.max_wait_ms / 1000,
+            asked.queue_limit, metrics,
+        )  # fmt: skip
+        searcher = Searcher(encoder.runtime.threads, asked.search_limit, metrics)
+        self.engine = Engine(encoder, pipeline, searcher, store, metrics)
         self._canary: Pixels = canary_pixels(bundle)[0]
         self._expected = np.asarray(bundle.manifest.canary[0].embedding, np.float32)
         self._floor = bundle.manifest.variants[encoder.runtime.variant].floor(encoder.runtime.provider)
@@ -112,7 +125,7 @@ class Server:
         try:
             self.port = self._server.add_insecure_port(f"{asked.host}:{asked.port}")
         except RuntimeError:
-            self.engine.close()
+            self._close()
             raise RefusalError(
                 f"{asked.host}:{asked.port} cannot be opened: another server has the port, or the address is not of this "
                 "machine; stop that one, or pass another --port or --host"
@@ -121,9 +134,9 @@ class Server:
             try:
                 self.engine.metrics.serve(asked.host, asked.metrics_port)
             except RefusalError:
-                self.engine.close()
+                self._close()
                 raise
-        self.engine.batcher.start()
+        self.engine.pipeline.start()
         await self._set_ready(await self._check())
         await self._server.start()
         self._checks = asyncio.create_task(self._watch())
@@ -136,8 +149,12 @@ class Server:
         self.engine.metrics.ready.set(0)
         await asyncio.sleep(self._asked.drain_seconds)
         await self._server.stop(self._asked.grace_seconds)
-        await self.engine.batcher.stop()
-        await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+        await self.engine.pipeline.stop()
+        await asyncio.get_running_loop().run_in_executor(None, self._close)
+
+    def _close(self) -> None:
+        self._decoder.close()
+        self.engine.close()
 
     async def _watch(self) -> None:
         while True:
@@ -148,7 +165,7 @@ class Server:
         """One canary picture through the encoder, and its vector through every collection, within the interval."""
         try:
             async with asyncio.timeout(self._asked.check_seconds):
-                vector = (await self.engine.batcher.embed(self._canary, None)).vector
+                vector = (await self.engine.pipeline.embed(self._canary)).vector
                 for collection in self.engine.store.all():
                     expected = min(1, len(collection))
                     (hits,) = await self.engine.read(collection.search, vector[None], 1)

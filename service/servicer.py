@@ -21,16 +21,24 @@ from google.protobuf.struct_pb2 import Struct
 
 from export.bundle import Embeddings
 from export.preprocess import UnreadablePictureError
-from service.batching import Batcher, Embedded
 from service.collection import Collection, check_key
 from service.encoder import Encoder
-from service.errors import InternalError, InvalidArgumentError, PreconditionError, ServiceError, unreadable
+from service.errors import (
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    PreconditionError,
+    ServiceError,
+    unreadable,
+)
 from service.index import gently
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
+from service.pipeline import Embedded, Pipeline, Priority
 from service.reading import check_space, unit_rows
 from service.records import NewRow
+from service.searching import Searcher
 from service.segment import StoredRow
 from service.store import Store
 
@@ -61,51 +69,54 @@ class Clock:
 
 
 class Engine:
-    """What the services share: the encoder behind its batcher, the store, and the threads that search and write."""
+    """What the services share: the encoder behind its pipeline, the store, and the threads that search and write."""
 
-    def __init__(self, encoder: Encoder, batcher: Batcher, store: Store, metrics: Metrics) -> None:
-        self.encoder, self.batcher, self.store, self.metrics = encoder, batcher, store, metrics
-        self._searchers = ThreadPoolExecutor(encoder.runtime.threads, thread_name_prefix="search")
+    def __init__(
+        self, encoder: Encoder, pipeline: Pipeline, searcher: Searcher, store: Store, metrics: Metrics
+    ) -> None:
+        self.encoder, self.pipeline, self.searcher = encoder, pipeline, searcher
+        self.store, self.metrics = store, metrics
+        self._readers = ThreadPoolExecutor(encoder.runtime.threads, thread_name_prefix="read")
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="write")
         self._upkeep: dict[str, asyncio.Task[Any]] = {}
         self._upkeep_after = 0.0
 
     async def embed(
-        self, contents: list[bytes], fields: list[str], context: Context, clock: Clock
-    ) -> list[Embeddings | ServiceError]:
-        """Vectors of encoded pictures, or why there is none. Raises `QueueFullError` for all of them."""
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
-        self.batcher.admit(len(contents))
+        self,
+        contents: list[bytes],
+        fields: list[str],
+        context: Context,
+        clock: Clock,
+        priority: Priority = Priority.INTERACTIVE,
+        thumbnail: int | None = None,
+    ) -> list[Embedded | ServiceError]:
+        """What became of encoded pictures. Raises `QueueFullError` for all of them."""
+        client, deadline = context.peer(), deadline_of(context)
+        self.pipeline.admission.enter(client, len(contents))
         try:
-            return await asyncio.gather(
-                *(self._embed_one(c, f, deadline, clock) for c, f in zip(contents, fields, strict=True))
-            )
+            todo = [self.pipeline.submit(c, client, priority, deadline, thumbnail) for c in contents]
+            outcomes = await asyncio.gather(*todo, return_exceptions=True)
         finally:
-            self.batcher.release(len(contents))
+            self.pipeline.admission.leave(client, len(contents))
+        return [self._outcome(each, path, clock) for each, path in zip(outcomes, fields, strict=True)]
 
-    async def _embed_one(
-        self, content: bytes, path: str, deadline: float | None, clock: Clock
-    ) -> Embeddings | ServiceError:
-        try:
-            loop = asyncio.get_running_loop()
-            decoded = await loop.run_in_executor(self.encoder.decoders, self.encoder.decode, content)
-            self.metrics.decode_seconds.observe(decoded.seconds)
-            clock.decode += decoded.seconds
-            done: Embedded = await self.batcher.embed(decoded.pixels, deadline)
-        except UnreadablePictureError as e:
-            self.metrics.images.labels(outcome=e.reason).inc()
-            return unreadable(e, path)
-        except ServiceError as e:
-            self.metrics.images.labels(outcome=e.reason).inc()
-            return e
-        self.metrics.images.labels(outcome="ok").inc()
-        clock.queue, clock.infer = max(clock.queue, done.queue_seconds), max(clock.infer, done.infer_seconds)
-        return done.vector
+    def _outcome(self, found: Embedded | BaseException, path: str, clock: Clock) -> Embedded | ServiceError:
+        """Counted, and as the API says it."""
+        if isinstance(found, Embedded):
+            self.metrics.images.labels(outcome="ok").inc()
+            clock.decode += found.decode_seconds
+            clock.queue, clock.infer = max(clock.queue, found.queue_seconds), max(clock.infer, found.infer_seconds)
+            return found
+        if isinstance(found, UnreadablePictureError):
+            found = unreadable(found, path)
+        if not isinstance(found, ServiceError):
+            raise found
+        self.metrics.images.labels(outcome=found.reason).inc()
+        return found
 
     async def read(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking call that changes nothing in a thread: never behind a write's fsync."""
-        return await asyncio.get_running_loop().run_in_executor(self._searchers, call, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, call, *arguments)
 
     async def write(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking call of the store in a thread; a write that has begun is finished even if its caller leaves."""
@@ -118,6 +129,7 @@ class Engine:
         for name, due, call in (
             (f"flush of {collection.name}", collection.flush_due, collection.flush),
             ("merge", collection.merge_due, collection.compact),
+            ("sweep of originals", collection.sweep_due, collection.sweep),
         ):
             if due and name not in self._upkeep:
                 task = asyncio.create_task(self.write(gently, call))
@@ -141,7 +153,8 @@ class Engine:
         for collection in self.store.all():
             collection.stop_merging()
         self._writers.shutdown(wait=True)
-        self._searchers.shutdown(wait=True)
+        self._readers.shutdown(wait=True)
+        self.searcher.close()
         self.store.close()
         self.encoder.close()
 
@@ -157,12 +170,15 @@ class EncoderService(pb_grpc.EncoderServiceServicer):
         clock = Clock()
         _count(len(request.images), MAX_ITEMS, "images")
         fields = [f"images[{i}].content" for i in range(len(request.images))]
-        rows = await self._engine.embed([image.content for image in request.images], fields, context, clock)
+        found = await self._engine.embed(
+            [image.content for image in request.images], fields, context, clock,
+            priority_of(request.priority, Priority.INTERACTIVE),
+        )  # fmt: skip
         results = [
-            pb.EmbedResult(error=row.status())
-            if isinstance(row, ServiceError)
-            else pb.EmbedResult(embedding=pb.Vector(values=row.tolist()))
-            for row in rows
+            pb.EmbedResult(error=each.status())
+            if isinstance(each, ServiceError)
+            else pb.EmbedResult(embedding=pb.Vector(values=each.vector.tolist()))
+            for each in found
         ]
         return pb.EmbedResponse(results=results, space_id=self._engine.encoder.space_id, timings=clock.timings())
 
@@ -187,7 +203,11 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
 
     async def CreateCollection(self, request: pb.CreateCollectionRequest, context: Context) -> pb.CreateCollectionResponse:  # noqa: N802  # fmt: skip
         """See the proto."""
-        collection = await self._engine.write(self._engine.store.create, request.name)
+        create = functools.partial(
+            self._engine.store.create, request.name, keep_originals=request.keep_originals,
+            thumbnail_pixels=request.thumbnail_pixels,
+        )  # fmt: skip
+        collection = await self._engine.write(create)
         return pb.CreateCollectionResponse(collection=_collection(collection))
 
     async def GetCollection(self, request: pb.GetCollectionRequest, context: Context) -> pb.GetCollectionResponse:  # noqa: N802
@@ -217,10 +237,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         collection = engine.store.get(request.collection)
         _count(len(request.items), MAX_ITEMS, "items")
         given = [_given(item, i, collection, engine.encoder.origin) for i, item in enumerate(request.items)]
-        outcomes: list[Embeddings | ServiceError | None] = [
-            g if isinstance(g, ServiceError) else g.vector for g in given
-        ]
-        pictures = [i for i, outcome in enumerate(outcomes) if outcome is None]
+        pictures = [i for i, each in enumerate(given) if isinstance(each, _Given) and each.vector is None]
         refusal = engine.encoder.mixing_refusal(collection.origins) if pictures else None
         if refusal is not None:
             raise PreconditionError(refusal, reason="VARIANT_MISMATCH")
@@ -230,17 +247,25 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
                 [f"items[{i}].image.content" for i in pictures],
                 context,
                 clock,
+                priority_of(request.priority, Priority.BULK),
+                collection.manifest.thumbnail_pixels or None,
             )
-            for i, row in zip(pictures, embedded, strict=True):
-                outcomes[i] = row
-        good = [(i, g.row, o) for i, (g, o) in enumerate(zip(given, outcomes, strict=True))
-                if not isinstance(g, ServiceError) and isinstance(o, np.ndarray)]  # fmt: skip
+            for i, found in zip(pictures, embedded, strict=True):
+                each = given[i]
+                assert isinstance(each, _Given)
+                if isinstance(found, ServiceError):
+                    given[i] = found
+                else:
+                    given[i] = _Given(each.row._replace(thumbnail=found.thumbnail), found.vector)
         results = [
-            pb.UpsertResult(error=o.status()) if isinstance(o, ServiceError) else pb.UpsertResult() for o in outcomes
+            pb.UpsertResult(error=each.status()) if isinstance(each, ServiceError) else pb.UpsertResult()
+            for each in given
         ]
+        good = [(i, each.row, each.vector) for i, each in enumerate(given) if isinstance(each, _Given)]
         if good:
-            vectors = np.stack([vector for _, _, vector in good])
-            sequences = await engine.write(collection.upsert, [row for _, row, _ in good], vectors)
+            vectors = np.stack([vector for _, _, vector in good if vector is not None])
+            came = [request.items[i].image.content or None for i, _, _ in good]
+            sequences = await engine.write(collection.upsert, [row for _, row, _ in good], vectors, came)
             for (i, _, _), sequence in zip(good, sequences, strict=True):
                 results[i].sequence = sequence
             engine.maintain_when_due(collection)
@@ -258,9 +283,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
     async def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:  # noqa: N802
         """See the proto."""
         collection = self._engine.store.get(request.collection)
-        row, vector, _ = await self._engine.read(collection.get, request.key)
-        item = item_of(row)
-        item.vector.values.extend(vector.tolist())
+        item = await self._engine.read(_item, collection, request.key, request.with_original)
         return pb.GetItemResponse(item=item, space_id=collection.space_id)
 
 
@@ -327,9 +350,30 @@ def vector_of(vector: pb.Vector, collection: Collection, path: str) -> Embedding
     return row
 
 
-def item_of(row: StoredRow) -> pb.Item:
+def item_of(row: StoredRow, thumbnail: bytes | None = None) -> pb.Item:
     """An item as the API gives it, without its vector."""
-    return pb.Item(key=row.key, payload=_struct(row.payload), source_uri=row.source_uri, sequence=row.sequence)
+    payload = _struct(row.payload)
+    return pb.Item(
+        key=row.key, payload=payload, source_uri=row.source_uri, sequence=row.sequence, thumbnail=thumbnail or b""
+    )
+
+
+def _item(collection: Collection, key: str, with_original: bool) -> pb.Item:
+    """An item with all that is known of it: in a thread, as files are read. Raises `ServiceError`."""
+    row, vector, _ = collection.get(key)
+    item = item_of(row, collection.thumbnails([row.id]).get(row.id))
+    item.vector.values.extend(vector.tolist())
+    if with_original:
+        original = collection.original(row.id)
+        if original is None:
+            if collection.get(key).row.id != row.id:  # replaced meanwhile
+                return _item(collection, key, with_original)
+            why = "keeps no originals" if not collection.manifest.keep_originals else "keeps those that came as bytes"
+            raise NotFoundError(
+                f"there is no original of the item {key!r}: the collection {collection.name!r} {why}", "original", key
+            )
+        item.original = original
+    return item
 
 
 class _Given(NamedTuple):
@@ -358,6 +402,19 @@ def _given(item: pb.NewItem, i: int, collection: Collection, encoder: str) -> _G
         return e
 
 
+def deadline_of(context: Context) -> float | None:
+    """When the caller leaves, in seconds of `time.monotonic`."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def priority_of(asked: pb.Priority.ValueType, otherwise: Priority) -> Priority:
+    """What a request asks for."""
+    if asked == pb.PRIORITY_UNSPECIFIED:
+        return otherwise
+    return Priority.BULK if asked == pb.PRIORITY_BULK else Priority.INTERACTIVE
+
+
 def _count(found: int, limit: int, path: str) -> None:
     if not 1 <= found <= limit:
         raise InvalidArgumentError(
@@ -368,7 +425,8 @@ def _count(found: int, limit: int, path: str) -> None:
 def _collection(collection: Collection) -> pb.Collection:
     message = pb.Collection(
         name=collection.name, space_id=collection.space_id, dimensions=collection.dim, item_count=len(collection),
-        sequence=collection.sequence,
+        sequence=collection.sequence, keep_originals=collection.manifest.keep_originals,
+        thumbnail_pixels=collection.manifest.thumbnail_pixels,
     )  # fmt: skip
     message.create_time.FromDatetime(collection.manifest.created)
     return message

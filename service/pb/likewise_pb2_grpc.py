@@ -40,6 +40,11 @@ class EncoderServiceStub:
                 request_serializer=service_dot_pb_dot_likewise__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_likewise__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.StreamEmbed = channel.stream_stream(
+                '/likewise.v1.EncoderService/StreamEmbed',
+                request_serializer=service_dot_pb_dot_likewise__pb2.StreamEmbedRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.StreamEmbedResponse.FromString,
+                _registered_method=True)
         self.GetEncoder = channel.unary_unary(
                 '/likewise.v1.EncoderService/GetEncoder',
                 request_serializer=service_dot_pb_dot_likewise__pb2.GetEncoderRequest.SerializeToString,
@@ -53,6 +58,13 @@ class EncoderServiceServicer:
 
     def Embed(self, request, context):
         """Embeds a batch of pictures. Pictures that cannot be used fail alone, in their own result.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamEmbed(self, request_iterator, context):
+        """Embeds pictures one by one. Responses come as they are ready, in any order, each with the `id` of its request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +84,11 @@ def add_EncoderServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=service_dot_pb_dot_likewise__pb2.EmbedRequest.FromString,
                     response_serializer=service_dot_pb_dot_likewise__pb2.EmbedResponse.SerializeToString,
+            ),
+            'StreamEmbed': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamEmbed,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.StreamEmbedRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.StreamEmbedResponse.SerializeToString,
             ),
             'GetEncoder': grpc.unary_unary_rpc_method_handler(
                     servicer.GetEncoder,
@@ -107,6 +124,33 @@ class EncoderService:
             '/likewise.v1.EncoderService/Embed',
             service_dot_pb_dot_likewise__pb2.EmbedRequest.SerializeToString,
             service_dot_pb_dot_likewise__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamEmbed(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/likewise.v1.EncoderService/StreamEmbed',
+            service_dot_pb_dot_likewise__pb2.StreamEmbedRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.StreamEmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -160,6 +204,16 @@ class SearchServiceStub:
                 request_serializer=service_dot_pb_dot_likewise__pb2.SearchRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_likewise__pb2.SearchResponse.FromString,
                 _registered_method=True)
+        self.BatchSearch = channel.unary_unary(
+                '/likewise.v1.SearchService/BatchSearch',
+                request_serializer=service_dot_pb_dot_likewise__pb2.BatchSearchRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.BatchSearchResponse.FromString,
+                _registered_method=True)
+        self.StreamSearch = channel.stream_stream(
+                '/likewise.v1.SearchService/StreamSearch',
+                request_serializer=service_dot_pb_dot_likewise__pb2.StreamSearchRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.StreamSearchResponse.FromString,
+                _registered_method=True)
 
 
 class SearchServiceServicer:
@@ -173,6 +227,21 @@ class SearchServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchSearch(self, request, context):
+        """Answers up to 1,000 searches of one collection. Those that cannot be answered fail alone, in their own result.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamSearch(self, request_iterator, context):
+        """Answers searches, each of any collection. Responses come as they are ready, in any order, each with the `id` of its
+        request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SearchServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -180,6 +249,16 @@ def add_SearchServiceServicer_to_server(servicer, server):
                     servicer.Search,
                     request_deserializer=service_dot_pb_dot_likewise__pb2.SearchRequest.FromString,
                     response_serializer=service_dot_pb_dot_likewise__pb2.SearchResponse.SerializeToString,
+            ),
+            'BatchSearch': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchSearch,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.BatchSearchRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.BatchSearchResponse.SerializeToString,
+            ),
+            'StreamSearch': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamSearch,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.StreamSearchRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.StreamSearchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -210,6 +289,60 @@ class SearchService:
             '/likewise.v1.SearchService/Search',
             service_dot_pb_dot_likewise__pb2.SearchRequest.SerializeToString,
             service_dot_pb_dot_likewise__pb2.SearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchSearch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.SearchService/BatchSearch',
+            service_dot_pb_dot_likewise__pb2.BatchSearchRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.BatchSearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamSearch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/likewise.v1.SearchService/StreamSearch',
+            service_dot_pb_dot_likewise__pb2.StreamSearchRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.StreamSearchResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -256,6 +389,11 @@ class CollectionServiceStub:
                 request_serializer=service_dot_pb_dot_likewise__pb2.UpsertItemsRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_likewise__pb2.UpsertItemsResponse.FromString,
                 _registered_method=True)
+        self.StreamUpsert = channel.stream_stream(
+                '/likewise.v1.CollectionService/StreamUpsert',
+                request_serializer=service_dot_pb_dot_likewise__pb2.StreamUpsertRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.StreamUpsertResponse.FromString,
+                _registered_method=True)
         self.DeleteItems = channel.unary_unary(
                 '/likewise.v1.CollectionService/DeleteItems',
                 request_serializer=service_dot_pb_dot_likewise__pb2.DeleteItemsRequest.SerializeToString,
@@ -265,6 +403,26 @@ class CollectionServiceStub:
                 '/likewise.v1.CollectionService/GetItem',
                 request_serializer=service_dot_pb_dot_likewise__pb2.GetItemRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_likewise__pb2.GetItemResponse.FromString,
+                _registered_method=True)
+        self.ListItems = channel.unary_unary(
+                '/likewise.v1.CollectionService/ListItems',
+                request_serializer=service_dot_pb_dot_likewise__pb2.ListItemsRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.ListItemsResponse.FromString,
+                _registered_method=True)
+        self.FindDuplicates = channel.unary_stream(
+                '/likewise.v1.CollectionService/FindDuplicates',
+                request_serializer=service_dot_pb_dot_likewise__pb2.FindDuplicatesRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.FindDuplicatesResponse.FromString,
+                _registered_method=True)
+        self.CompactCollection = channel.unary_unary(
+                '/likewise.v1.CollectionService/CompactCollection',
+                request_serializer=service_dot_pb_dot_likewise__pb2.CompactCollectionRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.CompactCollectionResponse.FromString,
+                _registered_method=True)
+        self.SnapshotCollection = channel.unary_unary(
+                '/likewise.v1.CollectionService/SnapshotCollection',
+                request_serializer=service_dot_pb_dot_likewise__pb2.SnapshotCollectionRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.SnapshotCollectionResponse.FromString,
                 _registered_method=True)
 
 
@@ -308,6 +466,14 @@ class CollectionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamUpsert(self, request_iterator, context):
+        """The same for very many: items are written, and acknowledged, in the order in which they come, many in one commit.
+        Whatever was acknowledged is durable, however the stream ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteItems(self, request, context):
         """Deletes items by key. Keys that do not exist are reported, not refused.
         """
@@ -317,6 +483,37 @@ class CollectionServiceServicer:
 
     def GetItem(self, request, context):
         """Returns one item by key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListItems(self, request, context):
+        """Lists items, by key or by their last write. An item that is not written meanwhile comes exactly once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindDuplicates(self, request, context):
+        """Finds groups of items that resemble each other. All pairs are sought before the first group comes, the largest group
+        first. One such call, compaction or snapshot works at a time; others wait.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompactCollection(self, request, context):
+        """Merges a collection's segments into as few as can be, without deleted and replaced items. Searches and writes go on; so
+        does the work when the caller leaves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SnapshotCollection(self, request, context):
+        """Copies a collection, as it is after one of its writes, into a folder of the server, that `likewise index restore` makes a
+        collection of. Searches and writes go on; so does the work when the caller leaves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -350,6 +547,11 @@ def add_CollectionServiceServicer_to_server(servicer, server):
                     request_deserializer=service_dot_pb_dot_likewise__pb2.UpsertItemsRequest.FromString,
                     response_serializer=service_dot_pb_dot_likewise__pb2.UpsertItemsResponse.SerializeToString,
             ),
+            'StreamUpsert': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamUpsert,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.StreamUpsertRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.StreamUpsertResponse.SerializeToString,
+            ),
             'DeleteItems': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteItems,
                     request_deserializer=service_dot_pb_dot_likewise__pb2.DeleteItemsRequest.FromString,
@@ -359,6 +561,26 @@ def add_CollectionServiceServicer_to_server(servicer, server):
                     servicer.GetItem,
                     request_deserializer=service_dot_pb_dot_likewise__pb2.GetItemRequest.FromString,
                     response_serializer=service_dot_pb_dot_likewise__pb2.GetItemResponse.SerializeToString,
+            ),
+            'ListItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListItems,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.ListItemsRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.ListItemsResponse.SerializeToString,
+            ),
+            'FindDuplicates': grpc.unary_stream_rpc_method_handler(
+                    servicer.FindDuplicates,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.FindDuplicatesRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.FindDuplicatesResponse.SerializeToString,
+            ),
+            'CompactCollection': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompactCollection,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.CompactCollectionRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.CompactCollectionResponse.SerializeToString,
+            ),
+            'SnapshotCollection': grpc.unary_unary_rpc_method_handler(
+                    servicer.SnapshotCollection,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.SnapshotCollectionRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.SnapshotCollectionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -508,6 +730,33 @@ class CollectionService:
             _registered_method=True)
 
     @staticmethod
+    def StreamUpsert(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/likewise.v1.CollectionService/StreamUpsert',
+            service_dot_pb_dot_likewise__pb2.StreamUpsertRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.StreamUpsertResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DeleteItems(request,
             target,
             options=(),
@@ -551,6 +800,114 @@ class CollectionService:
             '/likewise.v1.CollectionService/GetItem',
             service_dot_pb_dot_likewise__pb2.GetItemRequest.SerializeToString,
             service_dot_pb_dot_likewise__pb2.GetItemResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.CollectionService/ListItems',
+            service_dot_pb_dot_likewise__pb2.ListItemsRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.ListItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindDuplicates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/likewise.v1.CollectionService/FindDuplicates',
+            service_dot_pb_dot_likewise__pb2.FindDuplicatesRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.FindDuplicatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompactCollection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.CollectionService/CompactCollection',
+            service_dot_pb_dot_likewise__pb2.CompactCollectionRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.CompactCollectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SnapshotCollection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.CollectionService/SnapshotCollection',
+            service_dot_pb_dot_likewise__pb2.SnapshotCollectionRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.SnapshotCollectionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,6 +7,11 @@ Errors are google.rpc.Status with one google.rpc.ErrorInfo (domain "likewise", a
 the message as metadata), and BadRequest, ResourceInfo, PreconditionFailure or RetryInfo where they apply. In batches each
 item carries its own status: one bad picture never fails its neighbours.
 
+Streams are for very many: the server reads on only while fewer than 256 items of the stream (64 pictures of StreamEmbed)
+are being worked on, so that whoever sends faster is slowed down by HTTP/2 instead of filling memory. An item that cannot be
+used is answered with its status and does not end the stream; where a queue is full, a stream waits. A server that shuts
+down finishes what it has read, and ends the stream with DRAINING.
+
 Every reply names the embedding space (`space_id`) that its vectors or scores belong to. Vectors of different spaces
 cannot be compared, and a request that names another space is refused with MODEL_INDEX_MISMATCH.
 
@@ -45,6 +50,8 @@ class EncoderServiceStub:
     def __new__(cls, channel: _aio.Channel) -> EncoderServiceAsyncStub: ...
     Embed: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.EmbedRequest, _likewise_pb2.EmbedResponse]
     """Embeds a batch of pictures. Pictures that cannot be used fail alone, in their own result."""
+    StreamEmbed: _grpc.StreamStreamMultiCallable[_likewise_pb2.StreamEmbedRequest, _likewise_pb2.StreamEmbedResponse]
+    """Embeds pictures one by one. Responses come as they are ready, in any order, each with the `id` of its request."""
     GetEncoder: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.GetEncoderRequest, _likewise_pb2.GetEncoderResponse]
     """Describes the encoder: its space, its dimensions, what it accepts."""
 
@@ -55,6 +62,8 @@ class EncoderServiceAsyncStub(EncoderServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Embed: _aio.UnaryUnaryMultiCallable[_likewise_pb2.EmbedRequest, _likewise_pb2.EmbedResponse]  # type: ignore[assignment]
     """Embeds a batch of pictures. Pictures that cannot be used fail alone, in their own result."""
+    StreamEmbed: _aio.StreamStreamMultiCallable[_likewise_pb2.StreamEmbedRequest, _likewise_pb2.StreamEmbedResponse]  # type: ignore[assignment]
+    """Embeds pictures one by one. Responses come as they are ready, in any order, each with the `id` of its request."""
     GetEncoder: _aio.UnaryUnaryMultiCallable[_likewise_pb2.GetEncoderRequest, _likewise_pb2.GetEncoderResponse]  # type: ignore[assignment]
     """Describes the encoder: its space, its dimensions, what it accepts."""
 
@@ -68,6 +77,14 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_likewise_pb2.EmbedResponse, _abc.Awaitable[_likewise_pb2.EmbedResponse]]:
         """Embeds a batch of pictures. Pictures that cannot be used fail alone, in their own result."""
+
+    @_abc_1.abstractmethod
+    def StreamEmbed(
+        self,
+        request_iterator: _MaybeAsyncIterator[_likewise_pb2.StreamEmbedRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_likewise_pb2.StreamEmbedResponse], _abc.AsyncIterator[_likewise_pb2.StreamEmbedResponse]]:
+        """Embeds pictures one by one. Responses come as they are ready, in any order, each with the `id` of its request."""
 
     @_abc_1.abstractmethod
     def GetEncoder(
@@ -88,6 +105,12 @@ class SearchServiceStub:
     def __new__(cls, channel: _aio.Channel) -> SearchServiceAsyncStub: ...
     Search: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.SearchRequest, _likewise_pb2.SearchResponse]
     """Finds the most similar items of a collection. It sees every write that was acknowledged before the call."""
+    BatchSearch: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.BatchSearchRequest, _likewise_pb2.BatchSearchResponse]
+    """Answers up to 1,000 searches of one collection. Those that cannot be answered fail alone, in their own result."""
+    StreamSearch: _grpc.StreamStreamMultiCallable[_likewise_pb2.StreamSearchRequest, _likewise_pb2.StreamSearchResponse]
+    """Answers searches, each of any collection. Responses come as they are ready, in any order, each with the `id` of its
+    request.
+    """
 
 @_typing.type_check_only
 class SearchServiceAsyncStub(SearchServiceStub):
@@ -96,6 +119,12 @@ class SearchServiceAsyncStub(SearchServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Search: _aio.UnaryUnaryMultiCallable[_likewise_pb2.SearchRequest, _likewise_pb2.SearchResponse]  # type: ignore[assignment]
     """Finds the most similar items of a collection. It sees every write that was acknowledged before the call."""
+    BatchSearch: _aio.UnaryUnaryMultiCallable[_likewise_pb2.BatchSearchRequest, _likewise_pb2.BatchSearchResponse]  # type: ignore[assignment]
+    """Answers up to 1,000 searches of one collection. Those that cannot be answered fail alone, in their own result."""
+    StreamSearch: _aio.StreamStreamMultiCallable[_likewise_pb2.StreamSearchRequest, _likewise_pb2.StreamSearchResponse]  # type: ignore[assignment]
+    """Answers searches, each of any collection. Responses come as they are ready, in any order, each with the `id` of its
+    request.
+    """
 
 class SearchServiceServicer(metaclass=_abc_1.ABCMeta):
     """Nearest neighbours."""
@@ -107,6 +136,24 @@ class SearchServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_likewise_pb2.SearchResponse, _abc.Awaitable[_likewise_pb2.SearchResponse]]:
         """Finds the most similar items of a collection. It sees every write that was acknowledged before the call."""
+
+    @_abc_1.abstractmethod
+    def BatchSearch(
+        self,
+        request: _likewise_pb2.BatchSearchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.BatchSearchResponse, _abc.Awaitable[_likewise_pb2.BatchSearchResponse]]:
+        """Answers up to 1,000 searches of one collection. Those that cannot be answered fail alone, in their own result."""
+
+    @_abc_1.abstractmethod
+    def StreamSearch(
+        self,
+        request_iterator: _MaybeAsyncIterator[_likewise_pb2.StreamSearchRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_likewise_pb2.StreamSearchResponse], _abc.AsyncIterator[_likewise_pb2.StreamSearchResponse]]:
+        """Answers searches, each of any collection. Responses come as they are ready, in any order, each with the `id` of its
+        request.
+        """
 
 def add_SearchServiceServicer_to_server(servicer: SearchServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -129,10 +176,28 @@ class CollectionServiceStub:
     """Inserts items, or replaces those whose key exists. An item is durable and visible to searches once it is
     acknowledged; items that cannot be used fail alone.
     """
+    StreamUpsert: _grpc.StreamStreamMultiCallable[_likewise_pb2.StreamUpsertRequest, _likewise_pb2.StreamUpsertResponse]
+    """The same for very many: items are written, and acknowledged, in the order in which they come, many in one commit.
+    Whatever was acknowledged is durable, however the stream ends.
+    """
     DeleteItems: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.DeleteItemsRequest, _likewise_pb2.DeleteItemsResponse]
     """Deletes items by key. Keys that do not exist are reported, not refused."""
     GetItem: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.GetItemRequest, _likewise_pb2.GetItemResponse]
     """Returns one item by key."""
+    ListItems: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.ListItemsRequest, _likewise_pb2.ListItemsResponse]
+    """Lists items, by key or by their last write. An item that is not written meanwhile comes exactly once."""
+    FindDuplicates: _grpc.UnaryStreamMultiCallable[_likewise_pb2.FindDuplicatesRequest, _likewise_pb2.FindDuplicatesResponse]
+    """Finds groups of items that resemble each other. All pairs are sought before the first group comes, the largest group
+    first. One such call, compaction or snapshot works at a time; others wait.
+    """
+    CompactCollection: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.CompactCollectionRequest, _likewise_pb2.CompactCollectionResponse]
+    """Merges a collection's segments into as few as can be, without deleted and replaced items. Searches and writes go on; so
+    does the work when the caller leaves.
+    """
+    SnapshotCollection: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.SnapshotCollectionRequest, _likewise_pb2.SnapshotCollectionResponse]
+    """Copies a collection, as it is after one of its writes, into a folder of the server, that `likewise index restore` makes a
+    collection of. Searches and writes go on; so does the work when the caller leaves.
+    """
 
 @_typing.type_check_only
 class CollectionServiceAsyncStub(CollectionServiceStub):
@@ -151,10 +216,28 @@ class CollectionServiceAsyncStub(CollectionServiceStub):
     """Inserts items, or replaces those whose key exists. An item is durable and visible to searches once it is
     acknowledged; items that cannot be used fail alone.
     """
+    StreamUpsert: _aio.StreamStreamMultiCallable[_likewise_pb2.StreamUpsertRequest, _likewise_pb2.StreamUpsertResponse]  # type: ignore[assignment]
+    """The same for very many: items are written, and acknowledged, in the order in which they come, many in one commit.
+    Whatever was acknowledged is durable, however the stream ends.
+    """
     DeleteItems: _aio.UnaryUnaryMultiCallable[_likewise_pb2.DeleteItemsRequest, _likewise_pb2.DeleteItemsResponse]  # type: ignore[assignment]
     """Deletes items by key. Keys that do not exist are reported, not refused."""
     GetItem: _aio.UnaryUnaryMultiCallable[_likewise_pb2.GetItemRequest, _likewise_pb2.GetItemResponse]  # type: ignore[assignment]
     """Returns one item by key."""
+    ListItems: _aio.UnaryUnaryMultiCallable[_likewise_pb2.ListItemsRequest, _likewise_pb2.ListItemsResponse]  # type: ignore[assignment]
+    """Lists items, by key or by their last write. An item that is not written meanwhile comes exactly once."""
+    FindDuplicates: _aio.UnaryStreamMultiCallable[_likewise_pb2.FindDuplicatesRequest, _likewise_pb2.FindDuplicatesResponse]  # type: ignore[assignment]
+    """Finds groups of items that resemble each other. All pairs are sought before the first group comes, the largest group
+    first. One such call, compaction or snapshot works at a time; others wait.
+    """
+    CompactCollection: _aio.UnaryUnaryMultiCallable[_likewise_pb2.CompactCollectionRequest, _likewise_pb2.CompactCollectionResponse]  # type: ignore[assignment]
+    """Merges a collection's segments into as few as can be, without deleted and replaced items. Searches and writes go on; so
+    does the work when the caller leaves.
+    """
+    SnapshotCollection: _aio.UnaryUnaryMultiCallable[_likewise_pb2.SnapshotCollectionRequest, _likewise_pb2.SnapshotCollectionResponse]  # type: ignore[assignment]
+    """Copies a collection, as it is after one of its writes, into a folder of the server, that `likewise index restore` makes a
+    collection of. Searches and writes go on; so does the work when the caller leaves.
+    """
 
 class CollectionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Collections and their items."""
@@ -202,6 +285,16 @@ class CollectionServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def StreamUpsert(
+        self,
+        request_iterator: _MaybeAsyncIterator[_likewise_pb2.StreamUpsertRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_likewise_pb2.StreamUpsertResponse], _abc.AsyncIterator[_likewise_pb2.StreamUpsertResponse]]:
+        """The same for very many: items are written, and acknowledged, in the order in which they come, many in one commit.
+        Whatever was acknowledged is durable, however the stream ends.
+        """
+
+    @_abc_1.abstractmethod
     def DeleteItems(
         self,
         request: _likewise_pb2.DeleteItemsRequest,
@@ -216,5 +309,43 @@ class CollectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_likewise_pb2.GetItemResponse, _abc.Awaitable[_likewise_pb2.GetItemResponse]]:
         """Returns one item by key."""
+
+    @_abc_1.abstractmethod
+    def ListItems(
+        self,
+        request: _likewise_pb2.ListItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.ListItemsResponse, _abc.Awaitable[_likewise_pb2.ListItemsResponse]]:
+        """Lists items, by key or by their last write. An item that is not written meanwhile comes exactly once."""
+
+    @_abc_1.abstractmethod
+    def FindDuplicates(
+        self,
+        request: _likewise_pb2.FindDuplicatesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_likewise_pb2.FindDuplicatesResponse], _abc.AsyncIterator[_likewise_pb2.FindDuplicatesResponse]]:
+        """Finds groups of items that resemble each other. All pairs are sought before the first group comes, the largest group
+        first. One such call, compaction or snapshot works at a time; others wait.
+        """
+
+    @_abc_1.abstractmethod
+    def CompactCollection(
+        self,
+        request: _likewise_pb2.CompactCollectionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.CompactCollectionResponse, _abc.Awaitable[_likewise_pb2.CompactCollectionResponse]]:
+        """Merges a collection's segments into as few as can be, without deleted and replaced items. Searches and writes go on; so
+        does the work when the caller leaves.
+        """
+
+    @_abc_1.abstractmethod
+    def SnapshotCollection(
+        self,
+        request: _likewise_pb2.SnapshotCollectionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.SnapshotCollectionResponse, _abc.Awaitable[_likewise_pb2.SnapshotCollectionResponse]]:
+        """Copies a collection, as it is after one of its writes, into a folder of the server, that `likewise index restore` makes a
+        collection of. Searches and writes go on; so does the work when the caller leaves.
+        """
 
 def add_CollectionServiceServicer_to_server(servicer: CollectionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

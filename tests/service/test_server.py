@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import resource
@@ -25,11 +24,9 @@ import pytest
 from PIL import Image
 
 from likewise import main
-from service.batching import Batcher
 from service.client import CallError, Client, NewItem
 from service.collection import Collection
-from service.errors import ExpiredError, InternalError
-from service.metrics import Metrics
+from service.errors import InternalError
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.server import SERVICES
@@ -269,7 +266,7 @@ def test_a_poisonous_picture_fails_alone_and_the_server_stays(running: Running, 
             raise RuntimeError("the kernel choked")
         return real(images)
 
-    engine.batcher._run = fragile
+    engine.pipeline._run = fragile
     good, bad = encode(noise(40, 30)), encode(Image.new("RGB", (32, 32), (255, 255, 255)), "PNG")
     results = client.embed([good, bad, good])
     assert isinstance(results[1], CallError) and results[1].code == "INTERNAL" and "choked" in str(results[1])
@@ -278,7 +275,7 @@ def test_a_poisonous_picture_fails_alone_and_the_server_stays(running: Running, 
 
 
 def test_readiness_follows_the_canary(running: Running, client: Client) -> None:
-    batcher = running.server.engine.batcher
+    batcher = running.server.engine.pipeline
     real = batcher._run
 
     def wait_until(ready: bool) -> None:
@@ -309,7 +306,7 @@ def test_readiness_follows_the_canary(running: Running, client: Client) -> None:
 
 
 def test_a_deadline_over_the_wire_frees_the_encoder(running: Running) -> None:
-    batcher = running.server.engine.batcher
+    batcher = running.server.engine.pipeline
     real, computed = batcher._run, []
 
     def slow(images: np.ndarray) -> np.ndarray:
@@ -331,34 +328,6 @@ def test_a_deadline_over_the_wire_frees_the_encoder(running: Running) -> None:
         assert len(first.result()) == 1
         time.sleep(0.6)
     assert 7 not in computed and 8 not in computed
-
-
-def test_expired_and_cancelled_work_is_not_computed() -> None:
-    computed: list[int] = []
-
-    def run(images: np.ndarray) -> np.ndarray:
-        time.sleep(0.2)
-        computed.append(len(images))
-        return np.zeros((len(images), 4), np.float32)
-
-    async def scenario() -> None:
-        batcher = Batcher(run, max_batch=8, max_wait=0.0, queue_limit=8, metrics=Metrics())
-        batcher.start()
-        pixels = np.zeros((2, 2, 3), np.uint8)
-        first = asyncio.create_task(batcher.embed(pixels, None))
-        await asyncio.sleep(0.05)  # it is being computed; these wait
-        late = asyncio.create_task(batcher.embed(pixels, time.monotonic() + 0.05))
-        gone = asyncio.create_task(batcher.embed(pixels, None))
-        kept = asyncio.create_task(batcher.embed(pixels, None))
-        await asyncio.sleep(0)
-        gone.cancel()
-        with pytest.raises(ExpiredError, match="in the queue"):
-            await late
-        await asyncio.gather(first, kept)
-        await batcher.stop()
-
-    asyncio.run(scenario())
-    assert computed == [1, 1]
 
 
 def test_deleting_under_load_refuses_cleanly(running: Running, client: Client) -> None:
