@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -275,7 +275,7 @@ class _Run:
     def move(self, moves: Sequence[tuple[str, Picture]]) -> None:
         """Give items other names or places; their vectors stay."""
         for low in range(0, len(moves), _MOVED):
-            self.collection.move(
+            self._move(
                 [
                     (old, self._row(picture, self._known(old))._replace(file_sha256=self.before[old].sha256))
                     for old, picture in moves[low : low + _MOVED]
@@ -293,23 +293,30 @@ class _Run:
             return
         described = 0
         for rows, _ in self.collection.scan():
-            other = [
-                new
-                for key, payload in zip(rows["key"].to_pylist(), rows["payload"].to_pylist(), strict=True)
-                if key in pictures and json.loads((new := self._row(pictures[key], {})).payload) != json.loads(payload)
-            ]
+            other: list[NewRow] = []
+            columns = (rows[name].to_pylist() for name in ("key", "source_uri", "payload"))
+            for key, uri, payload in zip(*columns, strict=True):
+                if key in pictures:
+                    said = self._row(pictures[key], {}).payload
+                    if json.loads(said) != json.loads(payload):
+                        other.append(NewRow(key, said, uri))
             self._renew(other)
             described += len(other)
         if described or self.table is not None:
             self.console.print(f"{described:,} items that were there have another payload now")
 
-    def _renew(self, rows: Iterable[NewRow]) -> None:
-        """Write rows whose payload alone is another."""
-        rows = list(rows)
+    def _renew(self, rows: Sequence[NewRow]) -> None:
+        """Write rows whose payload alone is another: its file may have other bytes by now that could not be read."""
         for low in range(0, len(rows), _MOVED):
             part = rows[low : low + _MOVED]
             made = self.collection.made([row.key for row in part])
-            self.collection.move([(row.key, row._replace(file_sha256=made[row.key].file_sha256)) for row in part])
+            self._move([(row.key, row._replace(**made[row.key]._asdict())) for row in part])
+
+    def _move(self, moves: Sequence[tuple[str, NewRow]]) -> None:
+        """However many come, few are in memory."""
+        self.collection.move(moves)
+        if self.collection.flush_due:
+            self.collection.flush()
 
     def delete(self, changes: Changes, undecodable: Sequence[str], most: float) -> int:
         """Delete items whose file is gone, or is no picture any more: how many."""

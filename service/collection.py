@@ -24,13 +24,13 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import accumulate, repeat
+from itertools import accumulate, repeat, takewhile
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +42,7 @@ from service.index import BLOCK, Stored, blocks, check_factory
 from service.originals import Originals, Swept, digest_of, place_of
 from service.policy import IndexPolicy
 from service.reading import COLLECTION_FORMAT, CollectionManifest, Readable, StoredItem, read_manifest, unit_rows
-from service.records import MAX_KEY_BYTES, FileState, Made, NewRow, Reader, Records
+from service.records import MAX_KEY_BYTES, FileState, Made, NewRow, Reader, Record, Records
 from service.segment import (
     Batch,
     Segment,
@@ -69,6 +69,7 @@ TIER = 4
 DEAD_SHARE = 0.2
 # Originals are looked through for those that no item names at most so often.
 SWEEP_SECONDS = 3600.0
+T = TypeVar("T")
 
 
 class LostItem(NamedTuple):
@@ -173,6 +174,10 @@ class Collection(Readable):
         with self._open():  # a merge was committed, and its segments are being exchanged
             return self._item(key)
 
+    def item(self, record: Record) -> StoredItem:
+        """A row that `page` gave, with its vector; or what its key has become. Raises `NotFoundError`."""
+        return self._stored(record, record.row.key) or self.get(record.row.key)
+
     def made(self, keys: Sequence[str]) -> dict[str, Made]:
         """What is known of items beside what a query returns, by key."""
         with self._open():
@@ -198,17 +203,21 @@ class Collection(Readable):
         Of rows with the same key the last one counts. `pictures`: the encoded bytes of those that came so; a collection
         that keeps originals keeps them. Raises `InvalidArgumentError`; then nothing was written.
         """
-        if pictures is not None and self.manifest.keep_originals:
-            given = zip(rows, pictures, strict=True)
-            rows = [row if p is None else row._replace(file_sha256=digest_of(p)) for row, p in given]
-            with self.originals.kept(picture for picture in pictures if picture is not None):
-                return self.upsert(rows, vectors)
         for i, row in enumerate(rows):
             check_key(row.key, f"items[{i}].key")
             check_payload(row.payload, f"items[{i}].payload")
         if not rows:
             return []
-        write = _Write(rows, self._one_each(rows, vectors, "items.vector"))
+        vectors = self._one_each(rows, vectors, "items.vector")
+        if pictures is None or not self.manifest.keep_originals:
+            return self._committed_write(_Write(rows, vectors))
+        given = zip(rows, pictures, strict=True)
+        named = [row if p is None else row._replace(file_sha256=digest_of(p)) for row, p in given]
+        with self.originals.kept(picture for picture in pictures if picture is not None):
+            return self._committed_write(_Write(named, vectors))
+
+    def _committed_write(self, write: _Write) -> list[int]:
+        """Commit it, with others that wait."""
         self._waiting.append(write)
         with self._write_lock:
             if not write.done:  # else a writer before this one has committed it with its own
@@ -395,20 +404,23 @@ class Collection(Readable):
             first = self._records.counter("sequence") + 1
             ids, sequences = range(first_id, first_id + len(keys)), range(first, first + len(keys))
 
+            given_up = threading.Event()
+
             def insert() -> dict[str, tuple[int, int | None]]:
                 self._records.take("sequence", len(keys))
                 places = self._records.places(keys) if len(self) else {}
                 at = {key: i for i, key in enumerate(keys) if key in places} if places else {}
                 self._records.bury(self._burials(places, at, first))
-                self._records.insert(rows(), ids, sequences, number, None)
+                wanted = takewhile(lambda _: not given_up.is_set(), rows())
+                self._records.insert(wanted, ids, sequences, number, None)
                 return places
 
             with (
                 self._unless_committed(number),
                 self._records.transaction(),
-                ThreadPoolExecutor(1, "insert") as beside,
+                # While the segment is written; the commit comes after both, and so does the rollback.
+                _beside(insert, given_up) as inserting,
             ):
-                inserting = beside.submit(insert)  # while the segment is written; the commit comes after both
                 segment = self._segment(number, batch(ids, sequences))
                 places = inserting.result()
                 self._records.adopt(number)
@@ -537,6 +549,8 @@ class Collection(Readable):
         wait. Raises `RefusalError` on the first damage."""
         with self._merge_lock, self._open():
             problem = self._records.check()
+            if problem is None and (unheld := self._records.unheld()):
+                problem = f"items are in segment {unheld[0]:04d}, which is none of the collection's"
             if problem is not None:
                 raise RefusalError(
                     f"{self.folder / 'records.sqlite'} is damaged ({problem}): restore the collection from a snapshot"
@@ -665,16 +679,22 @@ class Collection(Readable):
                 self._make_anew(number)
                 self.made_anew.append(number)
             except (RefusalError, OSError):
-                lost = [LostItem(*row) for row in self._records.alive(number)]
-                # First what can be done again: the list, and the folder aside.
-                self._list_lost("lost.tsv", lost)
-                self._set_aside(number)
-                with self._records.transaction():
-                    self._records.lose(number)
-                self.lost += lost
+                self._lose(number)
+        for number in self._records.unheld():
+            self._lose(number)
         for digest in self._records.originals():
             if not self.originals.is_sound(digest):
                 self._forget_original(digest)
+
+    def _lose(self, number: int) -> None:
+        """Name the items of a segment that cannot be read, and forget it."""
+        lost = [LostItem(*row) for row in self._records.alive(number)]
+        # First what can be done again: the list, and the folder aside.
+        self._list_lost("lost.tsv", lost)
+        self._set_aside(number)
+        with self._records.transaction():
+            self._records.lose(number)
+        self.lost += lost
 
     def _forget_original(self, digest: str) -> None:
         """Name the items whose original is missing or damaged; they stay, and nothing is kept for them. What is left of it
@@ -684,9 +704,9 @@ class Collection(Readable):
             aside = self.folder / "damaged"
             make_folder(aside)
             damaged.rename(aside / digest)
-        with self._records.transaction():
+        with self._records.transaction():  # the list first: what was forgotten is not found again
             without = [LostItem(*row) for row in self._records.forget_original(digest)]
-        self._list_lost("lost-originals.tsv", without)
+            self._list_lost("lost-originals.tsv", without)
         self.damaged_originals += without
 
     def _list_lost(self, name: str, items: Sequence[LostItem]) -> None:
@@ -740,6 +760,22 @@ class Collection(Readable):
                 shutil.rmtree(folder)  # half written, or half removed
             elif int(folder.name) not in committed:
                 self._remove(folder)
+
+
+@contextmanager
+def _beside(call: Callable[[], T], given_up: threading.Event) -> Iterator[Future[T]]:
+    """Run a call in another thread. When this is left, by whatever error, the call was told of it and has ended, however
+    often the wait for that is interrupted: rows inserted after a rollback would be committed one by one."""
+    pool = ThreadPoolExecutor(1, "insert")
+    called = pool.submit(call)
+    try:
+        yield called
+    finally:
+        given_up.set()
+        while not called.done():  # a thread whose join was interrupted counts as ended (Python 3.11)
+            with suppress(KeyboardInterrupt):
+                wait([called])
+        pool.shutdown(wait=False)
 
 
 def worth_merging(parts: Sequence[Part]) -> tuple[Part, ...]:

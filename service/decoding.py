@@ -24,6 +24,7 @@ from service.encoder import Decoded, Encoder, decode
 
 # Address space of a decoding process beyond what it has at its start, per pixel accepted, and at least.
 _BYTES_PER_PIXEL, _LEAST = 24, 512 * 2**20
+_START = 60.0  # seconds that a process may take to start
 _ASK = struct.Struct("<I")  # longer side of the thumbnail, or 0
 _HEAD = struct.Struct("<?d?I")  # decoded?, seconds, animated, bytes of the thumbnail
 
@@ -97,7 +98,9 @@ class _Worker:
         theirs.close()
 
     def wait_ready(self) -> None:
-        """Raises `EOFError` where it ended instead."""
+        """Raises `EOFError` or `TimeoutError` where it ended or hangs instead."""
+        if not self._pipe.poll(_START):
+            raise TimeoutError("a decoding process does not start")
         self._pipe.recv_bytes()
 
     def decode(self, data: bytes, thumbnail: int | None, seconds: float) -> Decoded:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -38,6 +39,8 @@ from service.records import MAX_KEY_BYTES
 SHARD = 512
 # Remote pictures that are fetched at a time.
 FETCHED = 16
+# Encoded remote pictures that are in memory, or on their way there, before they are decoded.
+AHEAD = 64
 # Seconds between lines of progress where there is no terminal to draw a bar on.
 SAID_EVERY = 60.0
 NOTE = 4  # format of a shard's files
@@ -80,14 +83,55 @@ class Shard(NamedTuple):
     """Pictures of which the first frame was used."""
 
 
-class _Fetched(NamedTuple):
-    """A remote picture on its way."""
+class _Fetched:
+    """A remote picture that is fetched ahead of its turn: `AHEAD` of them are, and each that is taken lets another come."""
 
-    data: Future[bytes]
+    def __init__(self, picture: SourcePicture, line: _Line) -> None:
+        self._picture, self._line = picture, line
+        self._data: Future[bytes] | None = None
+
+    def start(self, pool: ThreadPoolExecutor, limits: DecodeLimits) -> None:
+        """Begin to fetch it."""
+        self._data = pool.submit(self._picture.read, limits)
 
     def read(self, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
-        """Its bytes, once they are here: `limits` were looked at when they were asked for."""
-        return self.data.result()
+        """Its bytes, once they are here."""
+        data = self._line.take(self)
+        self._data = None  # they go with whoever decodes them
+        return data.result()
+
+
+class _Line:
+    """Remote pictures in the order in which they are needed. Thread-safe."""
+
+    def __init__(self, pool: ThreadPoolExecutor, limits: DecodeLimits) -> None:
+        self._pool, self._limits = pool, limits
+        self._waiting: deque[_Fetched] = deque()
+        self._ahead = 0
+        self._lock = threading.Lock()
+
+    def join(self, fetched: _Fetched) -> None:
+        """Fetch it when its turn comes."""
+        with self._lock:
+            self._waiting.append(fetched)
+            self._advance()
+
+    def take(self, fetched: _Fetched) -> Future[bytes]:
+        """What comes of one, which is fetched at once where its turn has not come."""
+        with self._lock:
+            if fetched._data is None:
+                self._waiting.remove(fetched)
+                fetched.start(self._pool, self._limits)
+            else:
+                self._ahead -= 1
+                self._advance()
+            assert fetched._data is not None
+            return fetched._data
+
+    def _advance(self) -> None:
+        while self._waiting and self._ahead < AHEAD:
+            self._waiting.popleft().start(self._pool, self._limits)
+            self._ahead += 1
 
 
 class _Note(NamedTuple):
@@ -144,6 +188,7 @@ class Embedder:
     def _fetching(self) -> Iterator[None]:
         """Remote pictures are fetched inside; what is not here yet when it is left is given up."""
         self._fetchers = ThreadPoolExecutor(FETCHED, thread_name_prefix="fetch")  # a thread starts when it is needed
+        self._line = _Line(self._fetchers, self._encoder.limits)
         try:
             yield
         finally:
@@ -199,7 +244,9 @@ class Embedder:
         """A picture whose bytes are local, or are being fetched: many at a time, for the network answers late."""
         if not (isinstance(picture, SourcePicture) and picture.is_remote):
             return picture
-        return _Fetched(self._fetchers.submit(picture.read, self._encoder.limits))
+        fetched = _Fetched(picture, self._line)
+        self._line.join(fetched)
+        return fetched
 
     def _read(self, key: str, picture: Encoded) -> Decoded | UnreadablePictureError:
         try:

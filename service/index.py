@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -199,7 +200,8 @@ def bytes_of(factory: str, count: int, dim: int) -> int:
     elif code.startswith("SQ8"):
         row = dim
     elif code.startswith("PQ"):
-        row = int(code[2:].split("x")[0]) // 2
+        quantizers, _, bits = code[2:].partition("x")
+        row = int(quantizers) * int("".join(itertools.takewhile(str.isdigit, bits)) or 8) // 8
     elif code.startswith("RaBitQ"):
         row = dim // 8 + 8
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
@@ -15,8 +16,8 @@ from service.reading import read_manifest
 from service.records import Made
 from service.store import NAME, NAME_RULE
 
-# Rows that are copied at a time.
-GROUP = 200_000
+# Rows that are copied at a time, and about the bytes of these, thumbnails included.
+GROUP, GROUP_BYTES = 200_000, 256 * 2**20
 
 
 class IndexMerge(Constraints):
@@ -76,23 +77,28 @@ def merge(asked: IndexMerge) -> None:
 def _copy(source: Collection, target: Collection) -> None:
     """Group by group, in the order in which they were written."""
     held: list[tuple[pa.Table, Embeddings]] = []
-    for block in source.scan():
-        held.append(block)
-        if sum(len(rows) for rows, _ in held) >= GROUP:
+    for rows, vectors in source.scan():
+        held.append((_known(source, rows), vectors))
+        if sum(len(rows) for rows, _ in held) >= GROUP or sum(rows.nbytes for rows, _ in held) >= GROUP_BYTES:
             _add(source, target, held)
             held = []
     if held:
         _add(source, target, held)
 
 
-def _add(source: Collection, target: Collection, held: list[tuple[pa.Table, Embeddings]]) -> None:
-    names = ["key", "payload", "source_uri"]
-    rows = pa.concat_tables([rows.select(names) for rows, _ in held], promote_options="permissive")
+def _known(source: Collection, rows: pa.Table) -> pa.Table:
+    """Rows with everything that is known of them, in columns named as the fields of `NewRow`."""
+    rows = rows.select(["key", "payload", "source_uri"])
     keys = rows["key"].to_pylist()
     made = source.made(keys)
     kinds = (pa.string(), pa.int64(), pa.int64(), pa.string(), pa.large_binary())
     for name, kind in zip(Made._fields, kinds, strict=True):
         rows = rows.append_column(name, pa.array([getattr(made[key], name) for key in keys], kind))
-    kept = [each.file_sha256 for each in made.values() if each.file_size is None and each.file_sha256 is not None]
+    return rows
+
+
+def _add(source: Collection, target: Collection, held: list[tuple[pa.Table, Embeddings]]) -> None:
+    rows = pa.concat_tables([rows for rows, _ in held], promote_options="permissive")
+    kept = rows.filter(pc.is_null(rows["file_size"]))["file_sha256"].drop_null().to_pylist()
     with target.originals.carried_over(source.originals, kept):
         target.add_table(rows, [vectors for _, vectors in held])

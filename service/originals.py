@@ -105,6 +105,8 @@ class Originals:
         files = size = 0
         with self._used():
             for subfolder in sorted(self.folder.glob("??")):
+                if self._closed:  # whoever closes waits; the next sweep does the rest
+                    break
                 known = set(named(subfolder.name))
                 for path in subfolder.iterdir():
                     if path.name in known:

@@ -174,7 +174,7 @@ def _sources(folder: Path, sample: int) -> tuple[list[Picture], Counter[str], di
 
     with closing(Follower(folder, every=None)) as old:
         found = survey(old, meet=meet)
-    return some, found.there, {reason: len(keys) for reason, keys in sorted(found.without.items())}
+    return some, found.there, dict(sorted(found.without.items()))
 
 
 def _index_seconds(factory: str, count: int, dim: int) -> float:

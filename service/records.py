@@ -175,6 +175,14 @@ class Reads:
         """Numbers of the live segments."""
         return [number for (number,) in self._db.execute("SELECT number FROM segments ORDER BY number")]
 
+    def unheld(self) -> list[int]:
+        """Numbers of segments that live rows name and the records do not: none, where nothing is damaged."""
+        asked = (
+            "SELECT DISTINCT segment FROM items WHERE live = 1 AND segment IS NOT NULL "
+            "AND segment NOT IN (SELECT number FROM segments)"
+        )
+        return [number for (number,) in self._db.execute(asked)]
+
     def count(self) -> int:
         """Live rows."""
         return int(self._db.execute("SELECT count(*) FROM items WHERE live = 1").fetchone()[0])
@@ -222,6 +230,17 @@ class Reads:
         gone = [key for (key,) in self._db.execute(asked, (after, upto)) if key not in there]
         (more,) = self._db.execute("SELECT EXISTS (SELECT 1 FROM items WHERE sequence > ?)", (upto,)).fetchone()
         return Writes(live, gone, upto if more else last, last)
+
+    def page(self, after: str | tuple[int, int], count: int) -> list[Record]:
+        """Live rows after a key, by key; or after a (sequence number, id), by these."""
+        values: tuple[str | int, ...]
+        if isinstance(after, str):
+            where, order, values = "key > ?", "key", (after,)
+        else:
+            where, order, values = "sequence >= ? AND (sequence > ? OR id > ?)", "sequence, id", (after[0], *after)
+        columns = "id, key, payload, source_uri, sequence, segment, vector, origin"
+        asked = f"SELECT {columns} FROM items WHERE live = 1 AND {where} ORDER BY {order} LIMIT ?"  # noqa: S608
+        return [_record(row) for row in self._db.execute(asked, (*values, count))]
 
     def kept_as(self, row_id: int) -> str | None:
         """The digest of a live row's original; None where there is no such row, or nothing is kept of it."""
@@ -491,6 +510,11 @@ class Reader(Reads):
 
 def _has_digests(db: sqlite3.Connection) -> bool:
     return "file_sha256" in {name for _, name, *_ in db.execute("PRAGMA table_info(items)")}
+
+
+def sqlite_version() -> tuple[int, ...]:
+    """Of the library that Python was built with."""
+    return sqlite3.sqlite_version_info
 
 
 def _live(db: sqlite3.Connection, key: str) -> Record | None:

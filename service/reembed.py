@@ -133,17 +133,19 @@ class Survey:
 
     there: Counter[str] = field(default_factory=Counter)
     """Items whose picture can be had, by where: files, remote, originals."""
-    without: dict[str, list[str]] = field(default_factory=dict)
-    """Keys of the others, by reason."""
+    without: Counter[str] = field(default_factory=Counter)
+    """The others, by reason."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Keys of the first of these, by reason."""
     again: list[Written] = field(default_factory=list)
     """Rows of earlier writes that the new collection lacks."""
 
     def sentence(self) -> str:
         """The reasons with counts and examples."""
         return "; ".join(
-            f"{len(keys):,} {WITHOUT[reason]} ({', '.join(map(printable, keys[:EXAMPLES]))}"
-            f"{', …' if len(keys) > EXAMPLES else ''})"
-            for reason, keys in sorted(self.without.items())
+            f"{count:,} {WITHOUT[reason]} ({', '.join(map(printable, self.examples[reason]))}"
+            f"{', …' if count > EXAMPLES else ''})"
+            for reason, count in sorted(self.without.items())
         )
 
 
@@ -167,7 +169,9 @@ def survey(
             if isinstance(source, SourcePicture) and _changed(each.row, source):
                 source = "files_changed"
             if isinstance(source, str):
-                found.without.setdefault(source, []).append(each.row.key)
+                found.without[source] += 1
+                if found.without[source] <= EXAMPLES:
+                    found.examples.setdefault(source, []).append(each.row.key)
                 continue
             remote = isinstance(source, SourcePicture) and isinstance(source.where, str)
             found.there["originals" if each.is_kept else "remote" if remote else "files"] += 1
@@ -289,17 +293,20 @@ class Reembedding:
                     self._leave_out(rows[i], "originals_gone")
                 kept = [i for i in kept if i not in lost]
         self.embedded += len(kept)
-        for i in kept:
-            self.left_out.pop(rows[i].row.key, None)
-        if self.new.fresh_count >= FLUSHED:
-            self.new.flush()
+        self._stored([rows[i] for i in kept])
 
     def _move(self, rows: Sequence[Written]) -> None:
         for low in range(0, len(rows), PAGE):
             some = rows[low : low + PAGE]
             self.new.move([(row.key, row) for row in self._rows(some)])
-            for each in some:
-                self.left_out.pop(each.row.key, None)
+            self._stored(some)
+
+    def _stored(self, rows: Sequence[Written]) -> None:
+        """These are in the new collection now: many do not wait in its records."""
+        for each in rows:
+            self.left_out.pop(each.row.key, None)
+        if self.new.fresh_count >= FLUSHED:
+            self.new.flush()
 
     def _rows(self, rows: Sequence[Written]) -> list[NewRow]:
         """As they are written to the new collection."""
@@ -376,7 +383,7 @@ def _announce(found: Survey, asked: IndexReembed, console: Console) -> None:
     console.print(f"{sum(found.there.values()):,} items to embed{f' ({where})' if where else ''}")
     if not found.without:
         return
-    count = sum(map(len, found.without.values()))
+    count = found.without.total()
     if not asked.leave_out:
         raise RefusalError(
             f"{count:,} items of {asked.old} cannot be embedded again: {found.sentence()}. Nothing was done; to go on "

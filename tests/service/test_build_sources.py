@@ -12,9 +12,10 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +26,12 @@ from rich.console import Console
 import service.build
 import service.embedding
 from export.bundle import Bundle
-from export.preprocess import find_pictures
+from export.preprocess import DEFAULT_LIMITS, DecodeLimits, find_pictures
 from export.sources.picture import picture_at
 from likewise import main
 from service.collection import Collection
 from service.config import Embedding, IndexBuild
-from service.embedding import Embedder, Shard
+from service.embedding import AHEAD, Embedder, Shard, _Fetched, _Line
 from service.encoder import Encoder
 from service.filter import Filter
 from tests.conftest import encode, noise
@@ -169,6 +170,53 @@ def test_columns_of_a_list_become_fields_and_follow_it(
     assert build(bundle, [listed], tmp_path / "c", "--payload", tmp_path / "t.csv") == 0
     found = payloads(tmp_path / "c")  # a table has the last word
     assert (found[keys[0]]["price"], found[keys[0]]["code"], found[keys[1]]["price"]) == (7, "007", 201)
+
+
+def test_new_fields_of_a_picture_that_cannot_be_read_leave_it_to_the_next_build(
+    bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (picture.path for picture in find_pictures(images)[:2])
+    key = find_pictures(images)[0].key
+    (images / "list.csv").write_text(f"path,color\n{key},red\n")
+    assert build(bundle, [images / "list.csv"], tmp_path / "c") == 0
+    with opened(tmp_path / "c") as collection:
+        before = collection.files()[key]
+    first.write_bytes(second.read_bytes()[:40])  # half copied
+    for color in ("blue", "green"):
+        (images / "list.csv").write_text(f"path,color\n{key},{color}\n")
+        capfd.readouterr()
+        assert build(bundle, [images / "list.csv"], tmp_path / "c") == 0
+        assert "1 to embed" in capfd.readouterr().err
+        assert key in (tmp_path / "c" / "unreadable.tsv").read_text()
+        assert payloads(tmp_path / "c")[key]["color"] == color
+        with opened(tmp_path / "c") as collection:
+            assert collection.files()[key] == before  # of the bytes that its vector was made of
+
+
+def test_many_new_fields_do_not_wait_in_memory(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [picture.key for picture in find_pictures(images)]
+
+    def write(color: str) -> None:
+        (images / "list.csv").write_text("path,color\n" + "".join(f"{key},{color}\n" for key in keys))
+
+    monkeypatch.setattr("service.collection.FRESH_LIMIT", 8)
+    monkeypatch.setattr("service.build._MOVED", 4)
+    waiting: list[int] = []
+    move = Collection.move
+
+    def counted(self: Collection, moves: Sequence[Any]) -> None:
+        move(self, moves)
+        waiting.append(self.fresh_count)
+
+    monkeypatch.setattr(Collection, "move", counted)
+    write("red")
+    assert build(bundle, [images / "list.csv"], tmp_path / "c") == 0
+    write("blue")
+    assert build(bundle, [images / "list.csv"], tmp_path / "c") == 0
+    assert len(waiting) == 6 and max(waiting) == 8
+    assert {payload["color"] for payload in payloads(tmp_path / "c").values()} == {"blue"}
 
 
 def test_tars_are_compared_by_time_and_bytes(
@@ -484,3 +532,29 @@ def test_names_that_cannot_be_keys_are_listed(bundle: Path, images: Path, tmp_pa
     assert build(bundle, [found[1].path.parent / "l.jsonl"], tmp_path / "c") == 0
     assert contents(tmp_path / "c").keys() == {names[0]}
     assert "its key has more than 512 bytes" in (tmp_path / "c" / "unreadable.tsv").read_text()
+
+
+def test_remote_pictures_are_fetched_a_bounded_number_ahead() -> None:
+    begun: list[int] = []
+
+    class Remote(NamedTuple):
+        number: int
+
+        def read(self, limits: DecodeLimits) -> bytes:
+            begun.append(self.number)
+            return b"%d" % self.number
+
+    with ThreadPoolExecutor(4) as pool:
+        line = _Line(pool, DEFAULT_LIMITS)
+        fetched = [_Fetched(Remote(i), line) for i in range(300)]  # type: ignore[arg-type]
+        for each in fetched:
+            line.join(each)
+        assert fetched[250].read() == b"250"  # out of turn: at once, and beside the others
+        time.sleep(0.1)
+        assert sorted(begun) == [*range(AHEAD), 250]
+        for number in range(100):
+            assert fetched[number].read() == b"%d" % number
+        time.sleep(0.1)
+        assert sorted(begun) == [*range(100 + AHEAD), 250]
+        del fetched[250]
+        assert [each.read() for each in fetched[100:]] == [b"%d" % i for i in range(100, 300) if i != 250]

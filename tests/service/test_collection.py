@@ -232,6 +232,50 @@ def test_acknowledged_writes_survive_sigkill(tmp_path: Path) -> None:
             with_all.close()
 
 
+_INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import numpy as np
+import service.collection
+from service.collection import Collection
+from service.records import NewRow
+
+def slowed():
+    if threading.current_thread().name.startswith("insert"):
+        time.sleep(0.001)
+
+def written(*_):
+    time.sleep(0.3)  # rows are being inserted
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    raise KeyboardInterrupt
+
+service.collection.write_segment = written
+c = Collection(Path(sys.argv[1]))
+c._records._db.set_progress_handler(slowed, 300)
+try:
+    c.add_segment([NewRow(f"k{i}") for i in range(5000)], np.ones((5000, 8), np.float32))
+except KeyboardInterrupt:
+    print("interrupted")
+finally:
+    c.close()
+"""
+
+
+def test_impatient_interrupts_of_a_segment_leave_nothing_of_it(collection: Collection) -> None:
+    """The second comes while the rows are being inserted beside: after the rollback they would be committed one by one."""
+    collection.upsert(rows("a"), unit(1))
+    collection.close()
+    ended = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, str(collection.folder)], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\n"), ended.stderr
+    again = Collection(collection.folder)
+    assert set(again.files()) == {"a"} and len(again) == 1
+    again.add_segment(rows("k0", "k1"), unit(2))
+    assert again.get("k1").row.sequence == 3
+    again.close()
+
+
 def test_a_segment_that_was_never_committed_is_removed(collection: Collection) -> None:
     collection.add_segment(rows("a", "b"), unit(2))
     with collection._records.transaction():
@@ -419,6 +463,23 @@ def test_records_and_segments_must_agree(collection: Collection) -> None:
     db.close()
     with pytest.raises(RefusalError, match="disagree about the rows"):
         Collection(collection.folder)
+
+
+def test_items_of_no_segment_are_found_and_given_up(collection: Collection) -> None:
+    collection.add_segment(rows("a", "b"), unit(2))
+    collection.close()
+    with sqlite3.connect(collection.folder / "records.sqlite") as db:
+        db.execute("INSERT INTO items (id, key, sequence, live, segment, payload, source_uri, origin)"
+                   " VALUES (3, 'c', 3, 1, 7, '{}', 'shop:c', '')")  # fmt: skip
+    db.close()
+    damaged = Collection(collection.folder)
+    with pytest.raises(RefusalError, match="items are in segment 0007"):
+        damaged.verify()
+    damaged.close()
+    recovered = Collection(collection.folder, recover=True)
+    assert [item.key for item in recovered.lost] == ["c"] and set(recovered.files()) == {"a", "b"}
+    recovered.verify()
+    recovered.close()
 
 
 def test_a_changed_manifest_is_found(collection: Collection) -> None:

@@ -14,8 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -273,6 +275,62 @@ def test_a_damaged_original_is_found_and_named(
     collection.upsert([NewRow("a")], vectors(1), [b"one"])  # sent again
     assert original(collection, "a") == b"one"
     collection.close()
+
+
+def test_damage_is_listed_before_it_is_forgotten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place_of(folder / "originals", digest(b"one")).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Collection, "_list_lost", lambda *_: 1 / 0)  # a kill comes
+        with pytest.raises(ZeroDivisionError):
+            Collection(folder, recover=True)
+    collection = Collection(folder, recover=True)
+    assert [item.key for item in collection.damaged_originals] == ["a", "b"]
+    assert (folder / "lost-originals.tsv").read_text() == "a\t\nb\t\n"
+    collection.close()
+
+
+def test_closing_does_not_wait_for_a_whole_sweep(folder: Path) -> None:
+    originals = Originals(folder)
+    with originals.kept([b"%d" % i for i in range(20)]):
+        pass
+    subfolders = len(list((folder / "originals").iterdir()))
+    closing = threading.Thread(target=originals.close)
+    asked: list[str] = []
+
+    def named(prefix: str) -> list[str]:
+        asked.append(prefix)
+        if len(asked) == 1:
+            closing.start()
+            while not originals._closed:
+                time.sleep(0.01)
+        return [path.name for path in (folder / "originals").glob(f"{prefix[:2]}/*")]
+
+    originals.sweep(named)
+    closing.join()
+    assert len(asked) == 1 < subfolders
+
+
+def test_a_merge_holds_few_thumbnails_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Collection.create(tmp_path / "small", "lw1-x", DIM)
+    for i in range(4):
+        source.upsert([NewRow(f"k{i}", thumbnail=bytes(1000))], vectors(1, i))
+        source.flush()
+    source.close()
+    monkeypatch.setattr("service.merge.GROUP_BYTES", 2000)
+    added: list[int] = []
+    add_table = Collection.add_table
+
+    def counted(self: Collection, rows: pa.Table, *more: Any) -> None:
+        added.append(len(rows))
+        add_table(self, rows, *more)
+
+    monkeypatch.setattr(Collection, "add_table", counted)
+    assert main(["index", "merge", str(tmp_path / "small"), "--out", str(tmp_path / "whole")]) == 0
+    assert added == [2, 2]
+    whole = Collection(tmp_path / "whole")
+    ids = [whole.get(f"k{i}").row.id for i in range(4)]
+    assert whole.thumbnails(ids) == dict.fromkeys(ids, bytes(1000)) and len(whole.segments()) == 1
+    whole.close()
 
 
 def test_a_merge_carries_originals_over_and_compaction_removes_what_is_gone(

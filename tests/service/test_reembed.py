@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,30 @@ def test_it_holds_the_same_items_with_the_vectors_of_the_other_encoder(
     # The new one goes on following the folder: its files are known.
     assert main(["index", "sync", *flags, "--out", str(tmp_path / "new")]) == 0
     assert "64 as they were, 0 to embed" in capfd.readouterr().err
+
+
+def test_many_rows_with_other_fields_do_not_wait_in_memory(
+    old: Path, other_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(command(old, other_bundle, tmp_path / "new")) == 0
+    collection = Collection(old)
+    for key, row in collection.files().items():
+        new = NewRow(key, '{"seen": true}', row.uri, "fp32/CPUExecutionProvider", row.size, row.mtime_ns, row.sha256)
+        collection.move([(key, new)])
+    collection.close()
+    monkeypatch.setattr("service.reembed.FLUSHED", 16)
+    monkeypatch.setattr("service.reembed.PAGE", 8)
+    waiting: list[int] = []
+    move = Collection.move
+
+    def counted(self: Collection, moves: Sequence[tuple[str, NewRow]]) -> None:
+        move(self, moves)
+        waiting.append(self.fresh_count)
+
+    monkeypatch.setattr(Collection, "move", counted)
+    assert main(command(old, other_bundle, tmp_path / "new")) == 0
+    assert len(waiting) == 8 and max(waiting) == 16
+    assert state(tmp_path / "new") == state(old)
 
 
 def test_what_cannot_be_embedded_again_is_counted_first_and_left_out_when_told(
