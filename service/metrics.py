@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
+import functools
+import resource
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.core import GaugeMetricFamily, Metric
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from export.bundle import RefusalError
+from export.bundle import Embeddings, RefusalError
+from service.reading import Readable
 from service.store import Store
 
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192)
+_SHORT = (0.0001, 0.0002, 0.0004, 0.0008, *_SECONDS)
 _BATCH = (1, 2, 4, 8, 16, 32, 64)
+_SCORES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99)
+# The mean of queries is that of about so many, and is said once there were a tenth of them.
+_RECENT = 1000
+# Rows that a collection's mean is taken over.
+_BASELINE = 10_000
 
 
 class Metrics:
@@ -38,8 +51,10 @@ class Metrics:
         )  # fmt: skip
         self.queue_depth = Gauge("likewise_queue_depth", "Pictures admitted and not yet answered.", registry=registry)
         self.queue_seconds = Histogram(
-            "likewise_queue_wait_seconds", "Time a picture waited for its batch.", buckets=_SECONDS, registry=registry
-        )
+            "likewise_queue_wait_seconds",
+            "Time that a picture waited for a decoder (decode) or its batch (batch), or a search for its turn (search).",
+            ["stage"], buckets=_SHORT, registry=registry,
+        )  # fmt: skip
         self.rejected = Counter(
             "likewise_queue_rejected", "Pictures that were not embedded, by reason.", ["reason"], registry=registry
         )
@@ -58,6 +73,15 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.answer_seconds = Histogram(
+            "likewise_search_answer_duration_seconds",
+            "Time to make the answers of searches that went through the index together.",
+            buckets=_SHORT, registry=registry,
+        )  # fmt: skip
+        self.key_pictures = Counter(
+            "likewise_key_images", "Pictures admitted, by the name of the API key.", ["key"], registry=registry
+        )
+        self.drift = Drift(registry)
         self.ready = Gauge("likewise_ready", "1 while the canary picture and query come back right.", registry=registry)
         self.build_info = Gauge(
             "likewise_build_info",
@@ -67,8 +91,11 @@ class Metrics:
         )
 
     def watch(self, store: Store) -> None:
-        """Export the size of every collection, read at each scrape."""
-        self.registry.register(_Sizes(store))
+        """Export what is read at each scrape: sizes of collections, the process, the GPU."""
+        self.registry.register(_Sizes(store, self.drift))
+        self.registry.register(_Faults())
+        self.registry.register(_GpuMemory())
+        ProcessCollector(registry=self.registry)
 
     def serve(self, host: str, port: int) -> None:
         """Answer /metrics on a port of its own. Raises `RefusalError` when the port is taken."""
@@ -80,16 +107,157 @@ class Metrics:
             ) from e
 
 
+class Drift:
+    """Whether queries still look like what a collection holds: scores of their best neighbours, and how far their mean is
+    from the mean of the collection's vectors. Searches report from several threads."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._scores = Histogram(
+            "likewise_top1_score", "Score of the best neighbour, of searches without a filter.", ["collection"],
+            buckets=_SCORES, registry=registry,
+        )  # fmt: skip
+        self._lock = threading.Lock()
+        self._means: dict[str, tuple[Embeddings, float]] = {}  # by collection: mean of queries, and their number
+        self._baselines: dict[str, tuple[str, int, Embeddings]] = {}  # uid, items, mean
+
+    def searched(self, collection: Readable, queries: Embeddings, best: Sequence[float]) -> None:
+        """Queries [Q, D] of one collection, and the scores of their best neighbours."""
+        scores = self._scores.labels(collection=collection.name)
+        for score in best:
+            scores.observe(score)
+        with self._lock:
+            mean, seen = self._means.get(collection.name, (np.zeros(queries.shape[1], np.float32), 0.0))
+            share = len(queries) / min(seen + len(queries), _RECENT)
+            mean = mean + min(1.0, share) * (queries.mean(0) - mean)
+            self._means[collection.name] = (mean, seen + len(queries))
+
+    def shift(self, collection: Readable) -> float | None:
+        """Euclidean distance of the means; None while too little is known."""
+        with self._lock:
+            mean, seen = self._means.get(collection.name, (None, 0.0))
+        if mean is None or seen < _RECENT / 10 or not len(collection):
+            return None
+        return float(np.linalg.norm(mean - self._baseline(collection)))
+
+    def forget(self, kept: set[str]) -> None:
+        """Collections that are no more."""
+        with self._lock:
+            for name in set(self._means) - kept:
+                del self._means[name]
+                self._baselines.pop(name, None)
+                self._scores.remove(name)
+
+    def _baseline(self, collection: Readable) -> Embeddings:
+        """Mean of the vectors, anew where the collection has changed by a tenth. One scrape reads some 10,000 rows, once."""
+        uid, items, mean = self._baselines.get(collection.name, ("", 0, None))
+        if mean is not None and uid == collection.uid and abs(len(collection) - items) <= items / 10:
+            return mean
+        view = collection.view
+        every = max(1, len(collection) // _BASELINE)
+        rows = [
+            part.segment.vectors_at(np.flatnonzero(part.flags())[::every]) for part in view.parts
+        ] + [view.fresh.vectors_at(view.fresh.positions()[::every])]  # fmt: skip
+        vectors = np.concatenate([each for each in rows if len(each)])
+        baseline: Embeddings = vectors.mean(0, dtype=np.float64).astype(np.float32)
+        self._baselines[collection.name] = (collection.uid, len(collection), baseline)
+        return baseline
+
+
 class _Sizes(Collector):
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, drift: Drift) -> None:
+        self._store, self._drift = store, drift
 
     def collect(self) -> Iterable[Metric]:
-        items = GaugeMetricFamily("likewise_collection_items", "Items that can be found.", labels=["collection"])
-        fresh = GaugeMetricFamily(
-            "likewise_collection_fresh_items", "Items that no segment holds yet.", labels=["collection"]
+        label = ["collection"]
+        items = GaugeMetricFamily("likewise_collection_items", "Items that can be found.", labels=label)
+        fresh = GaugeMetricFamily("likewise_collection_fresh_items", "Items that no segment holds yet.", labels=label)
+        vectors = GaugeMetricFamily(
+            "likewise_index_vectors",
+            "Vectors by where they are: in segments, fresh, or deleted and not yet compacted away.",
+            labels=["collection", "part"],
         )
-        for collection in self._store.all():
-            items.add_metric([collection.name], len(collection))
-            fresh.add_metric([collection.name], collection.fresh_count)
-        return [items, fresh]
+        size = GaugeMetricFamily("likewise_index_size_bytes", "Segments on the disk.", labels=label)
+        wal = GaugeMetricFamily("likewise_wal_bytes", "Write-ahead log of the records.", labels=label)
+        shift = GaugeMetricFamily(
+            "likewise_embedding_mean_shift",
+            "Distance of the mean of recent queries from the mean of the collection's vectors.",
+            labels=label,
+        )
+        collections = self._store.all()
+        for collection in collections:
+            name = [collection.name]
+            try:
+                segments = collection.segments()
+            except FileNotFoundError:  # merged or deleted meanwhile: the next scrape sees it as it is then
+                continue
+            waiting = collection.fresh_count
+            items.add_metric(name, len(collection))
+            fresh.add_metric(name, waiting)
+            vectors.add_metric([*name, "segments"], sum(s.rows - s.dead for s in segments))
+            vectors.add_metric([*name, "fresh"], waiting)
+            vectors.add_metric([*name, "deleted"], sum(s.dead for s in segments))
+            size.add_metric(name, sum(s.bytes for s in segments))
+            wal.add_metric(name, _size(collection.folder / "records.sqlite-wal"))
+            moved = self._drift.shift(collection)
+            if moved is not None:
+                shift.add_metric(name, moved)
+        self._drift.forget({c.name for c in collections})
+        return [items, fresh, vectors, size, wal, shift]
+
+
+class _Faults(Collector):
+    def collect(self) -> Iterable[Metric]:
+        """Page faults that went to the disk: the first sign of an index that no longer fits memory."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        for kind, count in (("major", used.ru_majflt), ("minor", used.ru_minflt)):
+            faults = CounterMetricFamily(f"process_{kind}_page_faults", f"Page faults of this process, {kind} ones.")
+            faults.add_metric([], count)
+            yield faults
+
+
+class _GpuMemory(Collector):
+    def collect(self) -> Iterable[Metric]:
+        """Memory of each GPU, whoever uses it; nothing without an NVIDIA driver."""
+        used = GaugeMetricFamily("likewise_gpu_memory_used_bytes", "GPU memory in use.", labels=["gpu"])
+        total = GaugeMetricFamily("likewise_gpu_memory_total_bytes", "GPU memory.", labels=["gpu"])
+        for number, (taken, size) in enumerate(gpu_memory()):
+            used.add_metric([str(number)], taken)
+            total.add_metric([str(number)], size)
+        return [used, total] if used.samples else []
+
+
+class _Memory(ctypes.Structure):
+    """nvmlMemory_t."""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+@functools.cache
+def _nvml() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:  # no driver
+        return None
+    return library if library.nvmlInit_v2() == 0 else None
+
+
+def gpu_memory() -> list[tuple[int, int]]:
+    """(bytes in use, bytes in all) of each GPU, by the driver's own library; empty without one."""
+    library, found = _nvml(), []
+    count = ctypes.c_uint()
+    if library is not None and library.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0:
+        for number in range(count.value):
+            device, memory = ctypes.c_void_p(), _Memory()
+            if (
+                library.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(device)) == 0
+                and library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0
+            ):
+                found.append((memory.used, memory.total))
+    return found
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
