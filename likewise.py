@@ -85,6 +85,15 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
     ("duplicates",): ("service.duplicates_command", "Duplicates", "cpu,serve", "find near duplicates, group by group"),
     ("index", "plan"): ("service.plan", "IndexPlan", "cpu,serve", "say what a build will take, before it"),
     ("serve",): ("service.config", "Serve", "cpu,serve", "serve a bundle and its collections over gRPC"),
+    ("keys", "new"): ("service.security", "KeysNew", "cpu,serve", "make an API key for `serve --keys`"),
+    ("config", "print"): (
+        "service.doctor",
+        "ConfigPrint",
+        "cpu,serve",
+        "say what `serve` would run with, and where each setting comes from",
+    ),
+    ("doctor",): ("service.doctor", "Doctor", "cpu,serve", "say what is wrong with this machine and its packages"),
+    ("upsert",): ("service.upsert", "Upsert", "cpu,serve", "send pictures to a server, which stores them"),
     ("query",): ("service.query", "Query", "cpu,serve", "ask a server for the neighbours of a picture"),
     ("healthcheck",): (
         "service.healthcheck",
@@ -198,10 +207,18 @@ def _parse(command: Any, program: str, arguments: list[str]) -> Any:
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             flags = CliSettingsSource(settings_cls, cli_parse_args=arguments)
-            return flags, env_settings, YamlConfigSettingsSource(settings_cls)
+            sources.update(
+                {"flag": flags, "environment": env_settings, f"{file}": YamlConfigSettingsSource(settings_cls)}
+            )
+            return tuple(sources.values())
 
+    sources: dict[str, PydanticBaseSettingsSource] = {}
     try:
-        return Settings()
+        settings = Settings()
+        if hasattr(settings, "from_sources"):
+            given = {name: said for said, source in reversed(sources.items()) for name in _dotted(source())}
+            settings.from_sources(given)
+        return settings
     except SettingsError as e:
         print(f"{program}: {e}", file=sys.stderr)
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as e:
@@ -213,6 +230,14 @@ def _parse(command: Any, program: str, arguments: list[str]) -> Any:
         else:
             raise
     return None
+
+
+def _dotted(given: dict[str, Any], prefix: str = "") -> list[str]:
+    """The names in nested settings."""
+    names = []
+    for name, value in given.items():
+        names += _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
+    return names
 
 
 def _explain(invalid: ValidationError, program: str) -> None:

@@ -1,9 +1,12 @@
-"""The gRPC server against its ceilings, in one run: embedding against raw decoding and ONNX Runtime, search by vector
-against an echo RPC with messages of the same size and against raw FAISS.
+"""The gRPC server against its ceilings, in one run: embedding against raw decoding and ONNX Runtime; search by vector, one
+by one and as a stream, against echo RPCs with messages of the same size and against raw FAISS; batches of searches against
+raw FAISS.
 
     python -m benchmarks.serve_search --out FOLDER [--rows 100000] [--device cpu] [--quick]
 
 Server and client are two processes on the same cores; 32 calls in flight; ceilings and server alternate, medians of five.
+Calls to the server and to the echo send bytes that were made before, and leave the answers unread, so that both are measured
+with the same client.
 """
 
 from __future__ import annotations
@@ -38,14 +41,22 @@ from tests.shapes import write_shapes
 
 IN_FLIGHT = 32
 ROUNDS = 5
+BATCH = 200
+BATCHES_IN_FLIGHT = 4
 _ECHO = """
 import asyncio, sys, grpc
 async def main():
     reply = bytes(int(sys.argv[1]))
     async def echo(request, context):
         return reply
+    async def stream(requests, context):
+        while await context.read() is not grpc.aio.EOF:
+            await context.write(reply)
     server = grpc.aio.server()
-    method = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+    method = {
+        "Echo": grpc.unary_unary_rpc_method_handler(echo),
+        "Stream": grpc.stream_stream_rpc_method_handler(stream),
+    }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("x.Echo", method),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -70,8 +81,8 @@ def photographs(count: int) -> list[bytes]:
     return found
 
 
-async def rate(call: Callable[[int], Awaitable[object]], count: int) -> float:
-    """Calls per second with 32 in flight (closed loop)."""
+async def rate(call: Callable[[int], Awaitable[object]], count: int, in_flight: int = IN_FLIGHT) -> float:
+    """Calls per second with so many in flight (closed loop)."""
     numbers = iter(range(count))
 
     async def worker() -> None:
@@ -79,7 +90,29 @@ async def rate(call: Callable[[int], Awaitable[object]], count: int) -> float:
             await call(i)
 
     start = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(IN_FLIGHT)))
+    await asyncio.gather(*(worker() for _ in range(in_flight)))
+    return count / (time.perf_counter() - start)
+
+
+async def stream_rate(call: Callable[[], grpc.aio.StreamStreamCall], requests: list[bytes], count: int) -> float:
+    """Answers per second of one stream with 32 requests in flight."""
+    stream = call()
+    room = asyncio.Semaphore(IN_FLIGHT)
+
+    async def send() -> None:
+        for i in range(count):
+            await room.acquire()
+            await stream.write(requests[i % len(requests)])
+        await stream.done_writing()
+
+    start = time.perf_counter()
+    sending = asyncio.create_task(send())
+    received = 0
+    while await stream.read() is not grpc.aio.EOF:
+        received += 1
+        room.release()
+    await sending
+    assert received == count, f"{received} of {count} answers came"
     return count / (time.perf_counter() - start)
 
 
@@ -161,6 +194,17 @@ def main() -> None:
             / min(figures["echo RPC, calls/s"], figures["raw FAISS, single queries/s"]),
             0.70,
         ),
+        (
+            "stream_search_share_of_ceiling",
+            figures["StreamSearch, queries/s"]
+            / min(figures["echo stream, messages/s"], figures["raw FAISS, single queries/s"]),
+            0.70,
+        ),
+        (
+            "batch_search_share_of_ceiling",
+            figures["BatchSearch of 200, queries/s"] / figures["raw FAISS, batches of 200, queries/s"],
+            0.75,
+        ),
     ]
     finish("serve_search", figures, goals, 0, args.quick)
 
@@ -173,19 +217,37 @@ async def measure(
     index, info = build_index(vectors)
     asked = [v.tolist() for v in vectors[:: max(1, len(vectors) // 500)]]
     async with grpc.aio.insecure_channel(address) as channel:
-        embed, search = pb_grpc.EncoderServiceStub(channel).Embed, pb_grpc.SearchServiceStub(channel).Search
+        embed = pb_grpc.EncoderServiceStub(channel).Embed
+        service = "/likewise.v1.SearchService"
+        search, batch_search = channel.unary_unary(f"{service}/Search"), channel.unary_unary(f"{service}/BatchSearch")
+        messages = [
+            pb.SearchRequest(collection="c", query=pb.Query(vector=pb.Vector(values=values))) for values in asked
+        ]
+        singles = [message.SerializeToString() for message in messages]
+        streamed = [
+            pb.StreamSearchRequest(id=i, request=message).SerializeToString() for i, message in enumerate(messages)
+        ]
+        shift = range(0, len(messages), 50)
+        batches = [
+            pb.BatchSearchRequest(
+                collection="c", requests=[messages[(low + i) % len(messages)] for i in range(BATCH)]
+            ).SerializeToString()
+            for low in shift
+        ]
 
-        def query(i: int) -> pb.Query:
-            return pb.Query(vector=pb.Vector(values=asked[i % len(asked)]))
+        def ask(i: int) -> Awaitable[bytes]:
+            return search(singles[i % len(singles)])
 
-        def ask(i: int) -> Awaitable[pb.SearchResponse]:
-            return search(pb.SearchRequest(collection="c", query=query(i)))
+        async def ask_batches() -> float:
+            return BATCH * await rate(
+                lambda i: batch_search(batches[i % len(batches)]), queries // 20, BATCHES_IN_FLIGHT
+            )
 
         def picture(i: int) -> Awaitable[pb.EmbedResponse]:
             return embed(pb.EmbedRequest(images=[pb.Image(content=pictures[i % len(pictures)])]))
 
-        request = pb.SearchRequest(collection="c", query=query(0)).SerializeToString()
-        size = len((await ask(0)).SerializeToString())
+        size = len(await ask(0))
+        await ask_batches()
         echo = subprocess.Popen([sys.executable, "-c", _ECHO, str(size)], stdout=subprocess.PIPE, text=True)
         assert echo.stdout is not None
         port = int(echo.stdout.readline())
@@ -193,13 +255,21 @@ async def measure(
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as echo_channel:
                 call = echo_channel.unary_unary("/x.Echo/Echo")
+                stream, streams = (
+                    echo_channel.stream_stream("/x.Echo/Stream"),
+                    channel.stream_stream(f"{service}/StreamSearch"),
+                )
                 for _ in range(rounds):
                     for name, value in (
                         ("decode + ONNX Runtime, images/s", raw_embedding(encoder, pictures, images)),
                         ("embed over gRPC, images/s", await rate(picture, images)),
-                        ("echo RPC, calls/s", await rate(lambda i: call(request), queries)),
+                        ("echo RPC, calls/s", await rate(lambda i: call(singles[i % len(singles)]), queries)),
                         ("raw FAISS, single queries/s", raw_faiss(index, info.effort, asked, queries)),
                         ("search over gRPC, queries/s", await rate(ask, queries)),
+                        ("echo stream, messages/s", await stream_rate(stream, singles, queries)),
+                        ("StreamSearch, queries/s", await stream_rate(streams, streamed, queries)),
+                        ("raw FAISS, batches of 200, queries/s", raw_batches(index, info.effort, asked, queries)),
+                        ("BatchSearch of 200, queries/s", await ask_batches()),
                     ):
                         found.setdefault(name, []).append(value)
         finally:
@@ -218,6 +288,16 @@ def raw_faiss(index: object, effort: Effort, asked: list[list[float]], count: in
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda i: search_index(index, queries[i % len(queries)][None], 10, effort, None), range(count)))
     return count / (time.perf_counter() - start)
+
+
+def raw_batches(index: object, effort: Effort, asked: list[list[float]], count: int) -> float:
+    """Queries per second of the index itself in batches of 200, from as many threads as the server uses."""
+    queries = np.array(asked, np.float32)
+    batches = [np.roll(queries, -50 * i, axis=0)[:BATCH] for i in range(count // 20)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda batch: search_index(index, batch, 10, effort, None), batches))
+    return sum(map(len, batches)) / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -7,129 +7,71 @@ with Client("localhost:50051") as client:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Self
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self, TypeVar
 
 import grpc
-import numpy as np
-from google.protobuf import json_format
-from google.protobuf.struct_pb2 import Struct
-from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from export.bundle import Embeddings
-from service.pb import likewise_pb2 as pb
-from service.pb import likewise_pb2_grpc as pb_grpc
+from export.bundle import Embeddings, RefusalError
+from service import messages
+from service.config import ClientTls
+from service.messages import (
+    Call,
+    CallError,
+    Calls,
+    CollectionInfo,
+    EncoderInfo,
+    Example,
+    Item,
+    Neighbor,
+    NewItem,
+    SearchOptions,
+)
+
+__all__ = [
+    "CallError",
+    "Client",
+    "CollectionInfo",
+    "EncoderInfo",
+    "Example",
+    "Item",
+    "Neighbor",
+    "NewItem",
+    "SearchOptions",
+]
 
 DEFAULT_SERVER = "localhost:50051"
-PAGE = 1000
-MAX_NEIGHBORS = 10_000
+# Streams of a helper such as `embed_many` that are under way at a time: one is sent while the other is worked on.
+STREAMS = 2
 
-
-class CallError(Exception):
-    """The server refused a call, or could not be reached. The message is the server's sentence.
-
-    Attributes: `code` (name of the gRPC status, such as NOT_FOUND), `reason` (UPPER_SNAKE, '' where the server did not
-    answer), `metadata`, `retry_seconds` (when the server says that trying again may help).
-    """
-
-    def __init__(
-        self, message: str, code: str, reason: str = "", metadata: Mapping[str, str] | None = None,
-        retry_seconds: float | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(message)
-        self.code = code
-        self.reason = reason
-        self.metadata = dict(metadata or {})
-        self.retry_seconds = retry_seconds
-
-
-class Neighbor(NamedTuple):
-    """A similar item."""
-
-    key: str
-    score: float
-    payload: dict[str, Any]
-    source_uri: str
-    group: int | None = None
-    """Number of its group, from 0, in a grouped search."""
-    thumbnail: bytes | None = None
-    """JPEG, where it was asked for and there is one."""
-
-
-class Example(NamedTuple):
-    """One of several things to look for: `image` (encoded bytes), `vector` (float32 [D]) or `key` of a stored item."""
-
-    image: bytes | None = None
-    vector: Embeddings | Sequence[float] | None = None
-    key: str | None = None
-    weight: float = 1.0
-    """How much it counts; negative for what neighbours should be unlike."""
-
-
-class Item(NamedTuple):
-    """A stored item; `vector` is float32 [D]."""
-
-    key: str
-    vector: Embeddings
-    payload: dict[str, Any]
-    source_uri: str
-    sequence: int
-    thumbnail: bytes | None = None
-    """JPEG, where there is one."""
-    original: bytes | None = None
-    """The encoded picture as it came, where it was asked for."""
-
-
-class NewItem(NamedTuple):
-    """Something to store: with `image` (encoded bytes) or `vector` (float32 [D])."""
-
-    key: str
-    image: bytes | None = None
-    vector: Embeddings | Sequence[float] | None = None
-    payload: Mapping[str, Any] | None = None
-    source_uri: str = ""
-
-
-class CollectionInfo(NamedTuple):
-    """What a collection is."""
-
-    name: str
-    space_id: str
-    dimensions: int
-    item_count: int
-    sequence: int
-    keep_originals: bool = False
-    """Whether pictures that come as bytes are kept."""
-    thumbnail_pixels: int = 0
-    """Longer side of the thumbnails that are made of such pictures; 0: none."""
-
-
-class EncoderInfo(NamedTuple):
-    """What embeds the pictures."""
-
-    space_id: str
-    dimensions: int
-    image_size: int
-    model: str
-    provider: str
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Client:
-    """A connection to a Likewise server. Thread-safe. Every method raises `CallError`."""
+    """Connections to a Likewise server. Thread-safe.
 
-    def __init__(self, server: str = DEFAULT_SERVER, timeout: float = 30.0, max_message_mb: int = 64) -> None:
-        """`timeout` in seconds for each call."""
+    Every method raises `CallError`: the server's refusal, UNAVAILABLE where it cannot be reached, DEADLINE_EXCEEDED where it
+    takes too long. What was refused for a while (RetryInfo) and what did not arrive is tried again, up to four times, within
+    the timeout and a budget; creating, deleting and taking a snapshot only where the server says that nothing was done.
+    """
+
+    def __init__(
+        self, server: str = DEFAULT_SERVER, timeout: float = 30.0, max_message_mb: int = 64, *, connections: int = 1,
+        key: str | None = None, tls: ClientTls | None = None,
+    ) -> None:  # fmt: skip
+        """`timeout` in seconds for each call, its tries together. `connections`: TCP connections that calls take in turn.
+        `key`: API key, NAME.SECRET. `tls`: how the server is trusted; not encrypted where absent."""
         self.server = server
         self._timeout = timeout
-        size = max_message_mb * 2**20
-        options = [("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", size)]
-        self._channel = grpc.insecure_channel(server, options)
-        self._encoder = pb_grpc.EncoderServiceStub(self._channel)
-        self._search = pb_grpc.SearchServiceStub(self._channel)
-        self._collections = pb_grpc.CollectionServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._channels = [_channel(grpc, server, max_message_mb, tls) for _ in range(max(1, connections))]
+        self._turn = itertools.count()
+        self._metadata = [] if key is None else [("authorization", f"Bearer {key}")]
+        self._retries = messages.Retries()
 
     def __enter__(self) -> Self:
         return self
@@ -138,24 +80,25 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
-        self._channel.close()
+        """Close the connections."""
+        for channel in self._channels:
+            channel.close()
 
     def ready(self) -> bool:
         """Whether the server says that it serves (grpc.health.v1)."""
-        response = self._call(self._health.Check, health_pb2.HealthCheckRequest())
-        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+        return self._run(messages.ready())
 
     def encoder(self) -> EncoderInfo:
         """The server's encoder."""
-        e = self._call(self._encoder.GetEncoder, pb.GetEncoderRequest()).encoder
-        return EncoderInfo(e.space_id, e.dimensions, e.image_size, e.model, e.provider)
+        return self._run(messages.encoder())
 
     def embed(self, images: Sequence[bytes]) -> list[Embeddings | CallError]:
         """Unit vectors float32 [D] of encoded pictures, at most 256; a `CallError` in the place of each that failed."""
-        request = pb.EmbedRequest(images=[pb.Image(content=image) for image in images])
-        results = self._call(self._encoder.Embed, request).results
-        return [_error(r.error) if r.HasField("error") else np.array(r.embedding.values, np.float32) for r in results]
+        return self._run(messages.embed(images))
+
+    def embed_many(self, images: Iterable[bytes]) -> Iterator[Embeddings | CallError]:
+        """The same for any number of pictures, in their order. No more than 200 of them are held at a time."""
+        return self._many(images, messages.PICTURES, messages.embed_some)
 
     def search(
         self, collection: str, *, image: bytes | None = None, vector: Embeddings | Sequence[float] | None = None,
@@ -168,160 +111,144 @@ class Client:
         `filter`: AIP-160, such as `color = red AND price < 10`. `group_by`: a payload field; `top_k` then counts groups.
         `expand`: move the query towards so many of its neighbours first. More than 1,000 neighbours come in pages.
         """
-        if sum(given is not None for given in (image, vector, key, examples)) > 1:
-            raise CallError(
-                "several of image, vector, key and examples were given: give one", "INVALID_ARGUMENT", "BAD_REQUEST"
-            )
-        limit = PAGE if group_by else MAX_NEIGHBORS
-        if top_k > limit:
-            raise CallError(
-                f"top_k is {top_k}, 1 to {limit} are allowed: ask for fewer", "INVALID_ARGUMENT", "BAD_TOP_K"
-            )
-        with _as_call_error():
-            query = pb.Query(
-                image=None if image is None else pb.Image(content=image),
-                vector=None if vector is None else _vector(vector, space_id),
-            )
-            if key is not None:
-                query.key = key
-            if examples is not None:
-                query.examples.SetInParent()
-                query.examples.examples.extend(_example(each, space_id) for each in examples)
-            request = pb.SearchRequest(
-                collection=collection, query=query, top_k=top_k, min_score=min_score, filter=filter, group_by=group_by,
-                group_size=group_size if group_by else None,
-                expansion=pb.Expansion(neighbors=expand, alpha=alpha) if expand else None,
-                with_thumbnails=with_thumbnails,
-            )  # fmt: skip
-        found: list[Neighbor] = []
-        while True:
-            request.top_k = min(top_k - len(found), PAGE) if not group_by else top_k
-            response = self._call(self._search.Search, request)
-            found += [
-                Neighbor(
-                    n.item.key, n.score, json_format.MessageToDict(n.item.payload), n.item.source_uri,
-                    n.group if n.HasField("group") else None, n.item.thumbnail or None,
-                )
-                for n in response.neighbors
-            ]  # fmt: skip
-            request.page_token = response.next_page_token
-            if not request.page_token or len(found) >= top_k:
-                return found
+        options = SearchOptions(
+            image=image, vector=vector, key=key, examples=examples, top_k=top_k, min_score=min_score, filter=filter,
+            group_by=group_by, group_size=group_size, expand=expand, alpha=alpha, with_thumbnails=with_thumbnails,
+            space_id=space_id,
+        )  # fmt: skip
+        return self._run(messages.search(collection, options))
+
+    def search_many(self, collection: str, queries: Iterable[SearchOptions]) -> Iterator[list[Neighbor] | CallError]:
+        """Any number of searches, such as `({"vector": v, "top_k": 5} for v in vectors)`, in their order; a `CallError` in
+        the place of one that failed. `top_k` is at most 1,000."""
+        return self._many(queries, messages.SEARCHES, lambda some: messages.search_some(collection, some))
 
     def upsert(self, collection: str, items: Sequence[NewItem], space_id: str = "") -> list[int | CallError]:
         """Insert or replace at most 256 items; a sequence number each, or a `CallError` in the place of one that failed."""
-        with _as_call_error():
-            new = [_new_item(item, space_id) for item in items]
-            request = pb.UpsertItemsRequest(collection=collection, items=new)
-        results = self._call(self._collections.UpsertItems, request).results
-        return [_error(r.error) if r.HasField("error") else r.sequence for r in results]
+        return self._run(messages.upsert(collection, items, space_id))
+
+    def upsert_many(self, collection: str, items: Iterable[NewItem], space_id: str = "") -> Iterator[int | CallError]:
+        """The same for any number of items, in their order: of one key the last counts. What came back as a number is
+        durable."""
+        return self._many(items, messages.ITEMS, lambda some: messages.upsert_some(collection, some, space_id), 1)
 
     def delete(self, collection: str, keys: Sequence[str]) -> list[str]:
         """Delete items by key, at most 1000; returns the keys that did not exist."""
-        request = pb.DeleteItemsRequest(collection=collection, keys=keys)
-        return list(self._call(self._collections.DeleteItems, request).missing_keys)
+        return self._run(messages.delete(collection, keys))
 
     def get(self, collection: str, key: str, *, with_original: bool = False) -> Item:
         """One item; `with_original`: with its picture as it came, where the collection keeps them."""
-        request = pb.GetItemRequest(collection=collection, key=key, with_original=with_original)
-        i = self._call(self._collections.GetItem, request).item
-        vector = np.array(i.vector.values, np.float32)
-        payload = json_format.MessageToDict(i.payload)
-        return Item(i.key, vector, payload, i.source_uri, i.sequence, i.thumbnail or None, i.original or None)
+        return self._run(messages.get(collection, key, with_original))
+
+    def items(
+        self, collection: str, *, filter: str = "", by_sequence: bool = False, with_vectors: bool = False
+    ) -> Iterator[Item]:
+        """Every item, by key or by its last write; `vector` is empty unless `with_vectors`. An item that is not written
+        meanwhile comes once."""
+        token = ""
+        while True:
+            page, token = self._run(messages.page_of(collection, token, filter, by_sequence, with_vectors))
+            yield from page
+            if not token:
+                return
 
     def create_collection(
         self, name: str, *, keep_originals: bool = False, thumbnail_pixels: int = 0
     ) -> CollectionInfo:
         """Make an empty collection. `keep_originals`: pictures that come as bytes are kept, for `get` and so that another
         encoder can embed them; `thumbnail_pixels`: longer side of thumbnails that are made of them, 32 to 1024."""
-        with _as_call_error():
-            request = pb.CreateCollectionRequest(
-                name=name, keep_originals=keep_originals, thumbnail_pixels=thumbnail_pixels
-            )
-        return _info(self._call(self._collections.CreateCollection, request).collection)
+        return self._run(messages.create_collection(name, keep_originals, thumbnail_pixels))
 
     def collection(self, name: str) -> CollectionInfo:
         """One collection."""
-        return _info(self._call(self._collections.GetCollection, pb.GetCollectionRequest(name=name)).collection)
+        return self._run(messages.collection(name))
 
     def collections(self) -> list[CollectionInfo]:
         """Every collection, by name."""
-        found: list[CollectionInfo] = []
-        token = ""
-        while True:
-            page = self._call(self._collections.ListCollections, pb.ListCollectionsRequest(page_token=token))
-            found += [_info(c) for c in page.collections]
-            token = page.next_page_token
-            if not token:
-                return found
+        return self._run(messages.collections())
 
     def delete_collection(self, name: str) -> None:
         """Delete a collection, for good."""
-        self._call(self._collections.DeleteCollection, pb.DeleteCollectionRequest(name=name))
+        self._run(messages.delete_collection(name))
 
-    def _call(self, method: Any, request: Any) -> Any:
+    def compact_collection(self, name: str) -> int:
+        """Merge its segments; returns how many were merged. The server goes on when the timeout ends the call."""
+        return self._run(messages.compact_collection(name))
+
+    def snapshot_collection(self, name: str, snapshot: str) -> int:
+        """Have a snapshot taken into a folder of the server; returns the sequence number of the last write in it."""
+        return self._run(messages.snapshot_collection(name, snapshot))
+
+    def _many(
+        self, given: Iterable[T], size: int, calls: Callable[[Sequence[T]], Calls[list[R]]], streams: int = STREAMS
+    ) -> Iterator[R]:  # fmt: skip
+        """Some at a time, each lot as a stream of its own that is tried again as a whole."""
+        remaining = iter(given)
+        with ThreadPoolExecutor(streams, "stream") as pool:
+            waiting: deque[Future[list[R]]] = deque()
+            try:
+                while some := list(itertools.islice(remaining, size)):
+                    waiting.append(pool.submit(lambda some=some: self._run(calls(some))))  # type: ignore[misc]
+                    if len(waiting) > streams:
+                        yield from waiting.popleft().result()
+                while waiting:
+                    yield from waiting.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, calls: Calls[T]) -> T:
+        """Make the calls, and give their generator the responses."""
         try:
-            return method(request, timeout=self._timeout)
-        except grpc.RpcError as error:
-            e: Any = error  # a call object, which the type does not say
-            code = e.code()
-            for name, value in e.trailing_metadata() or ():
-                if name == "grpc-status-details-bin":
-                    status = status_pb2.Status.FromString(value)
-                    raise _error(status) from None
-            message = e.details() or code.name
-            if code == grpc.StatusCode.UNAVAILABLE:
-                message = f"no server answers at {self.server} ({message}): start one with `likewise serve`"
-            raise CallError(message, code.name) from None
+            call = next(calls)
+            while True:
+                call = calls.send(self._call(call))
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+    def _call(self, call: Call) -> Any:
+        ends = time.monotonic() + self._timeout
+        for attempt in itertools.count():
+            try:
+                response = self._tried(call, max(0.001, ends - time.monotonic()))
+            except grpc.RpcError as e:
+                error = messages.refused(self.server, e)
+                delay = self._retries.delay(error, attempt, call.repeatable)
+                if delay is None or time.monotonic() + delay >= ends:
+                    raise error from None
+                time.sleep(delay)
+            else:
+                self._retries.succeeded()
+                return response
+        raise AssertionError("unreachable")
+
+    def _tried(self, call: Call, timeout: float) -> Any:
+        channel = self._channels[next(self._turn) % len(self._channels)]
+        streamed = isinstance(call.request, list)
+        method: Any = (channel.stream_stream if streamed else channel.unary_unary)(
+            call.method, request_serializer=_serialized, response_deserializer=call.response.FromString
+        )
+        if streamed:
+            return list(method(iter(call.request), timeout=timeout, metadata=self._metadata))
+        return method(call.request, timeout=timeout, metadata=self._metadata)
 
 
-def _error(status: status_pb2.Status) -> CallError:
-    code = next(code.name for code in grpc.StatusCode if code.value[0] == status.code)
-    reason, metadata, retry = "", {}, None
-    for detail in status.details:
-        info, delay = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-        if detail.Unpack(info):
-            reason, metadata = info.reason, dict(info.metadata)
-        elif detail.Unpack(delay):
-            retry = delay.retry_delay.ToTimedelta().total_seconds()
-    return CallError(status.message, code, reason, metadata, retry)
+def _serialized(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
 
 
-@contextmanager
-def _as_call_error() -> Iterator[None]:
-    """What protobuf refuses to carry is refused as the server would."""
+def _channel(kind: Any, server: str, max_message_mb: int, tls: ClientTls | None) -> Any:
+    """A connection of `grpc` or `grpc.aio`. Raises `RefusalError` where the certificates cannot be read."""
+    size = max_message_mb * 2**20
+    options = [
+        ("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", size),
+        ("grpc.use_local_subchannel_pool", 1),  # else several channels share one connection
+    ]  # fmt: skip
+    if tls is None or not (tls.on or tls.ca is not None or tls.certificate is not None):
+        return kind.insecure_channel(server, options)
     try:
-        yield
-    except (TypeError, ValueError, OverflowError) as e:
-        raise CallError(f"the request cannot be sent ({e}): check its values", "INVALID_ARGUMENT", "BAD_REQUEST") from e
-
-
-def _vector(values: Embeddings | Sequence[float], space_id: str) -> pb.Vector:
-    return pb.Vector(values=np.asarray(values, np.float32).tolist(), space_id=space_id)
-
-
-def _example(example: Example, space_id: str) -> pb.Example:
-    made = pb.Example(weight=example.weight)
-    if example.image is not None:
-        made.image.content = example.image
-    if example.vector is not None:
-        made.vector.CopyFrom(_vector(example.vector, space_id))
-    if example.key is not None:
-        made.key = example.key
-    return made
-
-
-def _new_item(item: NewItem, space_id: str) -> pb.NewItem:
-    payload = Struct()
-    payload.update(dict(item.payload or {}))
-    return pb.NewItem(
-        key=item.key, payload=payload, source_uri=item.source_uri,
-        image=None if item.image is None else pb.Image(content=item.image),
-        vector=None if item.vector is None else _vector(item.vector, space_id),
-    )  # fmt: skip
-
-
-def _info(c: pb.Collection) -> CollectionInfo:
-    return CollectionInfo(
-        c.name, c.space_id, c.dimensions, c.item_count, c.sequence, c.keep_originals, c.thumbnail_pixels
-    )
+        files = [None if file is None else file.read_bytes() for file in (tls.ca, tls.key, tls.certificate)]
+    except OSError as e:
+        raise RefusalError(f"{e.filename} cannot be read ({e.strerror}): give the PEM files of --tls") from e
+    return kind.secure_channel(server, grpc.ssl_channel_credentials(*files), options)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
 from export.bundle import RefusalError
@@ -166,15 +166,100 @@ class IndexSync(IndexBuild):
         return 0
 
 
+class Tls(BaseModel):
+    """Certificates, as PEM files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    certificate: Path | None = None
+    """The server's, with those between it and its authority; the ports are then opened with TLS."""
+    key: Path | None = None
+    """Its private key, without a password."""
+    client_ca: Path | None = None
+    """Authority whose certificates clients have to show (mutual TLS)."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError(
+                "a certificate needs its key, and a key its certificate: give --tls.certificate and --tls.key"
+            )
+        if self.client_ca is not None and self.certificate is None:
+            raise ValueError("client certificates need TLS: give --tls.certificate and --tls.key, too")
+        return self
+
+
+class ClientTls(BaseModel):
+    """How a server is trusted, and what it is shown; PEM files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    on: bool = False
+    """Use TLS, with the authorities that this machine trusts."""
+    ca: Path | None = None
+    """Use TLS, with this authority."""
+    certificate: Path | None = None
+    """The client's certificate, for mutual TLS."""
+    key: Path | None = None
+    """Its private key."""
+
+
+class Connections(BaseModel):
+    """What a connection may do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    keepalive_seconds: float = Field(60.0, ge=1)
+    """How long a silent client is left alone before it is pinged."""
+    keepalive_timeout_seconds: float = Field(20.0, ge=1)
+    """How long it may take to answer; then it is taken for gone."""
+    ping_seconds: float = Field(10.0, ge=0.1)
+    """How often a client may ping; one that does so much more often is cut off."""
+    max_age_seconds: float | None = Field(None, ge=1)
+    """After that a connection is closed, once its calls are done, so that balancers spread clients anew."""
+    max_age_grace_seconds: float = Field(300.0, ge=0)
+    """How long such calls may take."""
+    max_idle_seconds: float | None = Field(None, ge=1)
+    """A connection without calls is closed after that."""
+    max_streams: int = Field(1024, ge=1)
+    """Calls at one time on one connection; others wait at the client."""
+
+    def options(self) -> list[tuple[str, int]]:
+        """As gRPC names them."""
+        given = {
+            "keepalive_time_ms": self.keepalive_seconds, "keepalive_timeout_ms": self.keepalive_timeout_seconds,
+            "http2.min_ping_interval_without_data_ms": self.ping_seconds, "max_connection_age_ms": self.max_age_seconds,
+            "max_connection_age_grace_ms": self.max_age_grace_seconds if self.max_age_seconds else None,
+            "max_connection_idle_ms": self.max_idle_seconds,
+        }  # fmt: skip
+        options = [(f"grpc.{name}", int(value * 1000)) for name, value in given.items() if value is not None]
+        return [*options, ("grpc.max_concurrent_streams", self.max_streams), ("grpc.keepalive_permit_without_calls", 1)]
+
+
 class Serve(Embedding):
     """Serve a bundle and its collections over gRPC, with Prometheus metrics on a port of their own."""
 
     collections: Path = Path("collections")
     """A folder of collections (made where absent), or a single collection."""
+    snapshots: Path | None = None
+    """A folder that clients may have snapshots taken into (SnapshotCollection); where absent, they may not."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every interface. There is no authentication yet."""
+    """Address to listen on; 0.0.0.0 for every interface, which is for networks of your own unless there are --keys or
+    client certificates."""
     port: int = Field(50051, ge=0, le=65535)
     """gRPC port; 0 takes a free one and prints it."""
+    admin_port: int | None = Field(None, ge=0, le=65535)
+    """A port of their own for the methods that need the role admin; the other port then refuses them."""
+    admin_host: str = "127.0.0.1"
+    """Address of that port."""
+    tls: Tls = Tls()
+    """Certificates."""
+    keys: Path | None = None
+    """File of API keys (YAML or JSON), see `likewise keys new`; read again on SIGHUP. Without it everybody may do all."""
+    connections: Connections = Connections()
+    """What a connection may do."""
+    reflection: Literal["on", "admin", "off"] = "on"
+    """Where the API describes itself: on both ports, on the admin port, or nowhere."""
     metrics_port: int = Field(9464, ge=0, le=65535)
     """Prometheus port; 0 turns it off."""
     max_batch: int = Field(32, ge=1, le=64)
@@ -199,7 +284,21 @@ class Serve(Embedding):
     drain_seconds: float = Field(0.0, ge=0)
     """After SIGTERM: how long to answer NOT_SERVING, and still serve, before no new call is taken."""
     grace_seconds: float = Field(10.0, ge=0)
-    """After that: how long calls in flight may take."""
+    """After that: how long calls in flight may take. A second SIGTERM ends the server at once."""
+    log_format: Literal["text", "json"] = "text"
+    """The log on standard error: sentences, or one JSON object per line."""
+    log_calls: bool | None = None
+    """One line per call; where absent: in JSON."""
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector that traces go to (OTLP over gRPC), such as http://localhost:4317; extra [otel]."""
+    trace_share: float = Field(1.0, ge=0, le=1)
+    """Share of calls that are traced, of those that do not come with a trace."""
+
+    @model_validator(mode="after")
+    def _separate(self) -> Self:
+        if self.reflection == "admin" and self.admin_port is None:
+            raise ValueError("reflection on the admin port needs one: give --admin-port")
+        return self
 
     def cli_cmd(self) -> int:
         """Run the command."""

@@ -3,10 +3,14 @@
     ServiceError                          code                  reason
     ├── InvalidArgumentError              INVALID_ARGUMENT      BAD_REQUEST, or a picture's own reason
     ├── NotFoundError                     NOT_FOUND             COLLECTION_NOT_FOUND, ITEM_NOT_FOUND, ORIGINAL_NOT_FOUND
-    ├── AlreadyExistsError                ALREADY_EXISTS        COLLECTION_EXISTS
+    ├── AlreadyExistsError                ALREADY_EXISTS        COLLECTION_EXISTS, SNAPSHOT_EXISTS
     ├── MismatchError                     FAILED_PRECONDITION   MODEL_INDEX_MISMATCH
     ├── PreconditionError                 FAILED_PRECONDITION   COLLECTIONS_FIXED, ...
     ├── QueueFullError                    RESOURCE_EXHAUSTED    QUEUE_FULL (RetryInfo)
+    │   └── RateLimitedError              RESOURCE_EXHAUSTED    RATE_LIMITED (RetryInfo)
+    ├── QuotaError                        RESOURCE_EXHAUSTED    QUOTA_EXCEEDED (RetryInfo)
+    ├── UnauthenticatedError              UNAUTHENTICATED       KEY_MISSING, KEY_UNKNOWN, KEY_EXPIRED
+    ├── PermissionDeniedError             PERMISSION_DENIED     ROLE_NEEDED, ADMIN_PORT
     ├── DiskFullError                     RESOURCE_EXHAUSTED    DISK_FULL
     ├── ExpiredError                      DEADLINE_EXCEEDED     EXPIRED_IN_QUEUE
     ├── UnavailableError                  UNAVAILABLE           DRAINING, ENCODER_UNHEALTHY (RetryInfo)
@@ -127,6 +131,37 @@ class QueueFullError(ServiceError):
         super().__init__(message)
         self.retry_seconds = retry_seconds
         self.metadata = {name: str(value) for name, value in metadata.items()}
+
+
+class RateLimitedError(QueueFullError):
+    """More than a key may have at once."""
+
+    default_reason = "RATE_LIMITED"
+
+
+class QuotaError(ServiceError):
+    """More than a key may have today: a stream does not wait for that."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    default_reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, message: str, retry_seconds: float, **metadata: object) -> None:
+        super().__init__(message, **metadata)  # type: ignore[arg-type]
+        self.retry_seconds = retry_seconds
+
+
+class UnauthenticatedError(ServiceError):
+    """Nobody knows who calls."""
+
+    code = Code.UNAUTHENTICATED
+    default_reason = "KEY_UNKNOWN"
+
+
+class PermissionDeniedError(ServiceError):
+    """The caller may not do this, or not here."""
+
+    code = Code.PERMISSION_DENIED
+    default_reason = "ROLE_NEEDED"
 
 
 class DiskFullError(ServiceError):

@@ -20,9 +20,18 @@ import numpy as np
 
 from export.bundle import Embeddings
 from export.preprocess import Pixels, UnreadablePictureError
+from service.call import Call, current
 from service.encoder import Decoded
-from service.errors import ExpiredError, InternalError, QueueFullError, ServiceError, UnavailableError
+from service.errors import (
+    ExpiredError,
+    InternalError,
+    QueueFullError,
+    RateLimitedError,
+    ServiceError,
+    UnavailableError,
+)
 from service.metrics import Metrics
+from service.tracing import batch_span
 
 # Of so many pictures one is taken from the bulk, however many interactive ones wait.
 BULK_TURN = 8
@@ -62,6 +71,10 @@ class Job:
     """Longer side of the thumbnail to be made, in pixels."""
     decoded: Decoded | None = None
     queued: float = field(default_factory=time.monotonic)
+    ready: float = 0.0
+    """When it was decoded."""
+    call: Call | None = field(default_factory=current)
+    """Which call it belongs to."""
 
 
 class FairQueue:
@@ -108,24 +121,15 @@ class Admission:
         self._rate = 0.0  # pictures a second, lately
         self._since = time.monotonic()
         self._finished = 0
+        self._left = asyncio.Event()  # set, and replaced, when somebody leaves
+        #: told of each claim before it is granted; may raise `RateLimitedError` and `QuotaError`
+        self.charge: Callable[[str, int], None] = lambda client, count: None
 
     def enter(self, client: str, count: int) -> None:
         """Claim room for `count` pictures, before they are decoded; pair with `leave`. Raises `QueueFullError`: all are
         refused at once, rather than kept waiting. Where others have asked lately, one client may hold half of the room."""
-        now = time.monotonic()
-        self._seen[client] = now
-        if len(self._seen) > 1:
-            self._seen = {name: at for name, at in self._seen.items() if now - at < RECENT}
-        mine = self._held.get(client, 0)
-        share = self._limit if len(self._seen) == 1 else max(1, self._limit // 2)
-        if self._inside + count > self._limit:
-            said = f"{self._inside} pictures are waiting, {self._limit} are allowed"
-        elif mine + count > share and mine:
-            said = f"{mine} pictures of this client are waiting, {share} are allowed while others ask, too"
-        else:
-            self._held[client] = mine + count
-            self._inside += count
-            self._metrics.queue_depth.set(self._inside)
+        said = self._entered(client, count)
+        if said is None:
             return
         self._metrics.rejected.labels(reason="QUEUE_FULL").inc(count)
         raise QueueFullError(
@@ -133,8 +137,41 @@ class Admission:
             queue_depth=self._inside, limit=self._limit,
         )  # fmt: skip
 
+    async def enter_patiently(self, client: str, count: int) -> None:
+        """`enter`, once there is room. Raises `QueueFullError` where there never is."""
+        while True:
+            try:
+                if self._entered(client, count) is None:
+                    return
+            except RateLimitedError as e:
+                await asyncio.sleep(e.retry_seconds or 0)
+                continue
+            if count > self._limit:
+                self.enter(client, count)
+            await self._left.wait()
+
+    def _entered(self, client: str, count: int) -> str | None:
+        """Room claimed; or why there is none."""
+        now = time.monotonic()
+        self._seen[client] = now
+        if len(self._seen) > 1:
+            self._seen = {name: at for name, at in self._seen.items() if now - at < RECENT}
+        mine = self._held.get(client, 0)
+        share = self._limit if len(self._seen) == 1 else max(1, self._limit // 2)
+        if self._inside + count > self._limit:
+            return f"{self._inside} pictures are waiting, {self._limit} are allowed"
+        if mine + count > share and mine:
+            return f"{mine} pictures of this client are waiting, {share} are allowed while others ask, too"
+        self.charge(client, count)
+        self._held[client] = mine + count
+        self._inside += count
+        self._metrics.queue_depth.set(self._inside)
+        return None
+
     def leave(self, client: str, count: int) -> None:
         """Give the room back."""
+        self._left.set()
+        self._left = asyncio.Event()
         self._inside -= count
         self._held[client] -= count
         if not self._held[client]:
@@ -220,6 +257,8 @@ class Pipeline:
         try:
             if not self._is_wanted(job):
                 return
+            start = time.monotonic()
+            self._metrics.queue_seconds.labels(stage="decode").observe(start - job.queued)
             try:
                 job.decoded = await self._decode(job.content, job.thumbnail)
             except (UnreadablePictureError, ServiceError) as e:
@@ -228,7 +267,9 @@ class Pipeline:
             except Exception as e:  # a fault of ours: this picture's, and not the end of this worker
                 _fail(job, InternalError(f"the picture could not be decoded ({type(e).__name__}: {e}): report it"))
                 return
-            job.content = b""
+            job.content, job.ready = b"", time.monotonic()
+            if job.call is not None:
+                job.call.stage("decode", start, job.ready)
             self._metrics.decode_seconds.observe(job.decoded.seconds)
             await self._decoded.put(job)
         except asyncio.CancelledError:
@@ -287,12 +328,17 @@ class Pipeline:
         seconds = time.monotonic() - start
         self._metrics.batch_size.observe(len(jobs))
         self._metrics.inference_seconds.observe(seconds)
+        batch = batch_span((job.call for job in jobs), start, start + seconds, len(jobs))
         for job, each, result in zip(jobs, decoded, results, strict=True):
             if isinstance(result, ServiceError):
                 _fail(job, result)
             elif not job.done.done():
                 waited = max(0.0, start - job.queued - each.seconds)
-                self._metrics.queue_seconds.observe(waited)
+                if job.ready:
+                    self._metrics.queue_seconds.labels(stage="batch").observe(start - job.ready)
+                if job.call is not None:
+                    job.call.stage("queue", start - waited, start)
+                    job.call.batched(len(jobs), start, start + seconds, batch)
                 job.done.set_result(Embedded(result, each.seconds, waited, seconds, each.thumbnail))
 
     def _embed_isolated(self, pictures: list[Pixels]) -> list[Embeddings | ServiceError]:

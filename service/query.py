@@ -13,6 +13,7 @@ from rich.text import Text
 
 from export.bundle import RefusalError, printable
 from export.preprocess import PictureFile, UnreadablePictureError
+from service.config import ClientTls
 
 
 class Query(BaseModel):
@@ -38,6 +39,10 @@ class Query(BaseModel):
     """Draw a contact sheet into this file (.png or .jpg)."""
     images: Path | None = None
     """Where the collection's pictures lie on this machine, if not where they were indexed."""
+    key: str | None = None
+    """API key, NAME.SECRET, where the server asks for one."""
+    tls: ClientTls = ClientTls()
+    """How the server is trusted, and what it is shown."""
 
     def cli_cmd(self) -> int:
         """Run the command."""
@@ -51,8 +56,8 @@ class Query(BaseModel):
         except UnreadablePictureError as e:
             raise RefusalError(f"{self.picture}: {e}") from e
         try:
-            with Client(self.server) as client:
-                name = self.collection or _only([c.name for c in client.collections()])
+            with Client(self.server, key=self.key, tls=self.tls) as client:
+                name = self.collection or only_collection([c.name for c in client.collections()])
                 neighbors = client.search(
                     name, image=data, top_k=self.top_k, filter=self.filter, group_by=self.group_by, expand=self.expand,
                     with_thumbnails=self.out is not None,
@@ -80,7 +85,8 @@ class Query(BaseModel):
         return 0
 
 
-def _only(names: list[str]) -> str:
+def only_collection(names: list[str]) -> str:
+    """The one that a server has. Raises `RefusalError`."""
     if len(names) != 1:
         known = ", ".join(names[:10]) or "none"
         raise RefusalError(f"the server has {len(names)} collections ({known}): choose one with --collection")

@@ -275,6 +275,15 @@ class Readable:
         except ClosedError:
             raise self._gone() from None
 
+    def page(self, after: str | tuple[int, int], count: int) -> list[Record]:
+        """Live rows after a key, by key; or after a (sequence number, id), by these: as of one moment, whatever the view has
+        seen."""
+        try:
+            with self._reader.moment():
+                return self._reader.page(after, count)
+        except ClosedError:
+            raise self._gone() from None
+
     def scan(self) -> Iterator[tuple[pa.Table, Embeddings]]:
         """Every live item, block by block, as of now: id, key, payload, source_uri and sequence, and vectors [N, D]."""
         return self._view.scan()

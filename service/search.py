@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import functools
 import hashlib
 import math
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from export.bundle import Embeddings
 from service.collection import Collection
-from service.errors import InvalidArgumentError, ServiceError
+from service.errors import ExpiredError, InvalidArgumentError, QueueFullError, ServiceError
 from service.filter import Filter, payload_path
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.pipeline import Priority
-from service.servicer import Clock, Context, Engine, deadline_of, item_of, priority_of, vector_of
+from service.servicer import (
+    Clock,
+    Context,
+    Engine,
+    as_refusal,
+    check_count,
+    deadline_of,
+    priority_of,
+    vector_of,
+    write_item,
+)
+from service.streams import Load, Stream, Unordered
 from service.view import Hit
 
 MAX_TOP_K = 1000
 MAX_DEPTH = 10_000
 MAX_EXAMPLES = 64
+MAX_REQUESTS = 1000
+# Requests of a batch that go through the index together.
+PART = 256
+_NONE: frozenset[str] = frozenset()
 
 
 class _Ask(NamedTuple):
@@ -50,30 +67,159 @@ class SearchService(pb_grpc.SearchServiceServicer):
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:  # noqa: N802
         """See the proto."""
         clock = Clock()
-        engine = self._engine
-        collection = engine.store.get(request.collection)
+        collection = self._engine.store.get(request.collection)
         ask = _ask(request)
-        query, keys = await self._query(request, collection, context, clock)
-        start = time.monotonic()
-        response: pb.SearchResponse
-        if ask.group_by or ask.neighbours:
-            response = await engine.read(_answer, collection, query, keys, ask, request)
-            engine.metrics.search_seconds.observe(time.monotonic() - start)
+        if _is_plain(request, ask):
+            query, keys = vector_of(request.query.vector, collection, "query.vector"), _NONE
         else:
-            response = await engine.searcher.submit(
-                collection, query, ask.offset + ask.top_k, functools.partial(_page, collection, ask, request),
-                ask.min_score, ask.wanted, keys, deadline_of(context),
-            )  # fmt: skip
+            priority = priority_of(request.priority, Priority.INTERACTIVE)
+            query, keys = await self._query(request, collection, context, clock, priority)
+        start = time.monotonic()
+        response = await self._answered(request, collection, ask, query, keys, context)
         clock.search = time.monotonic() - start
-        response.timings.CopyFrom(clock.timings())
+        clock.write(response.timings)
         return response
 
+    async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:  # noqa: N802
+        """See the proto."""
+        clock = Clock()
+        engine = self._engine
+        collection = engine.store.get(request.collection)
+        check_count(len(request.requests), MAX_REQUESTS, "requests")
+        response = pb.BatchSearchResponse(space_id=collection.space_id)
+        batch = _Batch(collection, [response.results.add() for _ in request.requests])
+        others = []
+        for i, each in enumerate(request.requests):
+            try:
+                if each.collection not in ("", collection.name):
+                    raise InvalidArgumentError(
+                        f"the batch is of {collection.name!r}, this request names {each.collection[:80]!r}: leave it out",
+                        field="collection",
+                    )
+                each.collection = collection.name  # so that a page token goes on in Search
+                ask = _ask(each)
+                if _is_plain(each, ask):
+                    vector = vector_of(each.query.vector, collection, "query.vector")
+                    batch.plain.append(_Plain(i, each, ask, vector))
+                    continue
+            except ServiceError as e:
+                batch.results[i].error.CopyFrom(e.status())
+                continue
+            priority = priority_of(each.priority, priority_of(request.priority, Priority.BULK))
+            others.append(asyncio.create_task(self._one_of(batch, i, each, ask, context, clock, priority)))
+        start = time.monotonic()
+        try:
+            if batch.plain:
+                await engine.read(batch.search, deadline_of(context))
+                engine.metrics.search_seconds.observe(time.monotonic() - start)
+            await asyncio.gather(*others)
+        finally:
+            for task in others:
+                task.cancel()
+        clock.search = time.monotonic() - start
+        clock.write(response.timings)
+        return response
+
+    async def _one_of(
+        self,
+        batch: _Batch,
+        i: int,
+        request: pb.SearchRequest,
+        ask: _Ask,
+        context: Context,
+        clock: Clock,
+        priority: Priority,
+    ) -> None:
+        """A request of a batch that needs more than the index."""
+        try:
+            query, keys = await self._query(request, batch.collection, context, clock, priority, patient=True)
+            response = await self._answered(request, batch.collection, ask, query, keys, context, patient=True)
+            batch.results[i].response.CopyFrom(response)
+        except Exception as e:  # of this one alone
+            batch.results[i].error.CopyFrom(as_refusal("BatchSearch", e).status())
+
+    async def StreamSearch(self, requests: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        """See the proto."""
+        engine = self._engine
+        stream = Stream[pb.StreamSearchRequest, pb.StreamSearchResponse](context)
+        answers = Unordered(stream.notice, _failed)
+
+        async def begin(message: pb.StreamSearchRequest) -> Load:
+            request, number = message.request, message.id
+            load = Load(1, message.ByteSize())
+            try:
+                collection = engine.store.get(request.collection)
+                ask = _ask(request)
+                if _is_plain(request, ask):
+                    query = vector_of(request.query.vector, collection, "request.query.vector")
+                    answer = functools.partial(_stream_page, collection, ask, request, number)
+                    answers.work(
+                        number, await self._submitted(request, collection, ask, query, _NONE, context, answer), load
+                    )
+                    return load
+            except ServiceError as e:
+                answers.put(_failed(number, e), load)
+                return load
+            answers.work(number, asyncio.create_task(self._streamed(message, collection, ask, context)), load)
+            return load
+
+        with engine.streaming(stream):
+            try:
+                await stream.run(begin, answers.collect)
+            finally:
+                answers.close()
+
+    async def _streamed(
+        self, message: pb.StreamSearchRequest, collection: Collection, ask: _Ask, context: Context
+    ) -> pb.StreamSearchResponse:
+        """The response to a request of a stream that needs more than the index."""
+        request, clock = message.request, Clock()
+        priority = priority_of(request.priority, Priority.BULK)
+        query, keys = await self._query(request, collection, context, clock, priority, patient=True)
+        start = time.monotonic()
+        response = await self._answered(request, collection, ask, query, keys, context, patient=True)
+        clock.search = time.monotonic() - start
+        clock.write(response.timings)
+        return pb.StreamSearchResponse(id=message.id, response=response)
+
+    async def _answered(
+        self, request: pb.SearchRequest, collection: Collection, ask: _Ask, query: Embeddings, keys: frozenset[str],
+        context: Context, patient: bool = False,
+    ) -> pb.SearchResponse:  # fmt: skip
+        """The neighbours of a query [D], as a response without timings."""
+        if ask.group_by or ask.neighbours:
+            start = time.monotonic()
+            response = await self._engine.read(_answer, collection, query, keys, ask, request)
+            self._engine.metrics.search_seconds.observe(time.monotonic() - start)
+            return response
+        answer = functools.partial(_page, collection, ask, request)
+        found: pb.SearchResponse = await (
+            await self._submitted(request, collection, ask, query, keys, context, answer, patient)
+        )
+        return found
+
+    async def _submitted(
+        self, request: pb.SearchRequest, collection: Collection, ask: _Ask, query: Embeddings, keys: frozenset[str],
+        context: Context, answer: Callable[[list[Hit]], Any], patient: bool = True,
+    ) -> asyncio.Future[Any]:  # fmt: skip
+        """The search, as it waits for its turn. Raises `QueueFullError`, or waits for room where it is `patient`."""
+        while True:
+            try:
+                return self._engine.searcher.submit(
+                    collection, query, ask.offset + ask.top_k, answer, ask.min_score, ask.wanted, keys,
+                    deadline_of(context), request.with_thumbnails,
+                )  # fmt: skip
+            except QueueFullError as e:
+                if not patient:
+                    raise
+                await asyncio.sleep(e.retry_seconds or 0)
+
     async def _query(
-        self, request: pb.SearchRequest, collection: Collection, context: Context, clock: Clock
-    ) -> tuple[Embeddings, frozenset[str]]:
+        self, request: pb.SearchRequest, collection: Collection, context: Context, clock: Clock, priority: Priority,
+        patient: bool = False,
+    ) -> tuple[Embeddings, frozenset[str]]:  # fmt: skip
         """The vector [D] to look for, and the keys that are not to be found."""
         query = request.query
-        priority = priority_of(request.priority, Priority.INTERACTIVE)
         if query.WhichOneof("kind") == "examples":
             examples = list(query.examples.examples)
             if not 1 <= len(examples) <= MAX_EXAMPLES:
@@ -84,7 +230,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
                 )
             weights = [each.weight if each.HasField("weight") else 1.0 for each in examples]
             path = "query.examples.examples[{}]"
-            vectors, keys = await self._vectors(examples, path, collection, context, clock, priority)
+            vectors, keys = await self._vectors(examples, path, collection, context, clock, priority, patient)
             scale = max(map(abs, weights))
             mixed = np.asarray(weights, np.float64) / scale @ vectors if 0 < scale < math.inf else vectors[0] * math.nan
             if not np.linalg.norm(mixed) > 1e-6:
@@ -93,7 +239,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
                     "query.examples",
                 )  # fmt: skip
             return (mixed / np.linalg.norm(mixed)).astype(np.float32), keys
-        vectors, keys = await self._vectors([query], "query", collection, context, clock, priority)
+        vectors, keys = await self._vectors([query], "query", collection, context, clock, priority, patient)
         return vectors[0], keys
 
     async def _vectors(
@@ -104,6 +250,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
         context: Context,
         clock: Clock,
         priority: Priority,
+        patient: bool,
     ) -> tuple[Embeddings, frozenset[str]]:
         """Vectors [N, D] of what is given, and the keys among it. The pictures are embedded together."""
         rows: dict[int, Embeddings] = {}
@@ -111,7 +258,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
         if pictures:
             contents = [given[i].image.content for i in pictures]
             fields = [f"{path.format(i)}.image.content" for i in pictures]
-            embedded = await self._engine.embed(contents, fields, context, clock, priority)
+            embedded = await self._engine.embed(contents, fields, context, clock, priority, patient=patient)
             for i, found in zip(pictures, embedded, strict=True):
                 if isinstance(found, ServiceError):
                     raise found
@@ -145,9 +292,7 @@ def _answer(
         )
         pictures = _thumbnails(collection, [hit for hits in groups for hit in hits], request)
         for number, hits in enumerate(groups):
-            response.neighbors.extend(
-                pb.Neighbor(item=item_of(h.row, pictures.get(h.row.id)), score=h.score, group=number) for h in hits
-            )
+            _write_hits(response, hits, pictures, number)
         return response
     (hits,) = collection.search(rows, ask.offset + ask.top_k, ask.min_score, filters=ask.wanted, leave_out=[keys])
     return _page(collection, ask, request, hits)
@@ -155,15 +300,88 @@ def _answer(
 
 def _page(collection: Collection, ask: _Ask, request: pb.SearchRequest, hits: list[Hit]) -> pb.SearchResponse:
     """The response from the neighbours up to the page's end."""
-    response = pb.SearchResponse(space_id=collection.space_id)
+    response = pb.SearchResponse()
+    _write_page(response, collection, ask, request, hits)
+    return response
+
+
+def _stream_page(
+    collection: Collection, ask: _Ask, request: pb.SearchRequest, number: int, hits: list[Hit]
+) -> pb.StreamSearchResponse:
+    """The same as a response of a stream."""
+    response = pb.StreamSearchResponse(id=number)
+    _write_page(response.response, collection, ask, request, hits)
+    return response
+
+
+def _write_page(
+    response: pb.SearchResponse, collection: Collection, ask: _Ask, request: pb.SearchRequest, hits: list[Hit]
+) -> None:
+    response.space_id = collection.space_id
     end = ask.offset + ask.top_k
-    pictures = _thumbnails(collection, hits[ask.offset :], request)
-    response.neighbors.extend(
-        pb.Neighbor(item=item_of(h.row, pictures.get(h.row.id)), score=h.score) for h in hits[ask.offset :]
-    )
+    shown = hits[ask.offset :] if ask.offset else hits
+    _write_hits(response, shown, _thumbnails(collection, shown, request))
     if len(hits) == end and end < MAX_DEPTH:
         response.next_page_token = _token(request, end)
-    return response
+
+
+def _write_hits(
+    response: pb.SearchResponse, hits: Sequence[Hit], pictures: Mapping[int, bytes], group: int | None = None
+) -> None:
+    add = response.neighbors.add
+    for row, score in hits:
+        neighbor = add()
+        neighbor.score = score
+        write_item(neighbor.item, row, pictures.get(row.id))
+        if group is not None:
+            neighbor.group = group
+
+
+def _failed(number: int, error: BaseException) -> pb.StreamSearchResponse:
+    return pb.StreamSearchResponse(id=number, error=as_refusal("StreamSearch", error).status())
+
+
+def _is_plain(request: pb.SearchRequest, ask: _Ask) -> bool:
+    """Whether the index alone can answer it."""
+    return not ask.group_by and not ask.neighbours and request.query.WhichOneof("kind") == "vector"
+
+
+class _Plain(NamedTuple):
+    """A request of a batch that the index alone can answer."""
+
+    number: int
+    request: pb.SearchRequest
+    ask: _Ask
+    vector: Embeddings
+
+
+@dataclass
+class _Batch:
+    """A batch on its way to its results."""
+
+    collection: Collection
+    results: list[pb.BatchSearchResult]
+    plain: list[_Plain] = field(default_factory=list)
+
+    def search(self, deadline: float | None) -> None:
+        """Answer the plain requests, in a thread: those alike go through the index together."""
+        alike: dict[tuple[int, float | None], list[_Plain]] = {}
+        for each in self.plain:
+            alike.setdefault((each.ask.offset + each.ask.top_k, each.ask.min_score), []).append(each)
+        for (k, min_score), some in alike.items():
+            for low in range(0, len(some), PART):
+                part = some[low : low + PART]
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise ExpiredError("the deadline passed before the whole batch was searched: allow more time")
+                try:
+                    vectors = np.stack([each.vector for each in part])
+                    found = self.collection.search(vectors, k, min_score, filters=[each.ask.wanted for each in part])
+                    for each, hits in zip(part, found, strict=True):
+                        response = self.results[each.number].response
+                        _write_page(response, self.collection, each.ask, each.request, hits)
+                except Exception as e:  # what all of them have in common
+                    for each in part:
+                        self.results[each.number].error.CopyFrom(as_refusal("BatchSearch", e).status())
 
 
 def _thumbnails(collection: Collection, hits: Sequence[Hit], request: pb.SearchRequest) -> dict[int, bytes]:
@@ -218,11 +436,16 @@ def _token(request: pb.SearchRequest, offset: int) -> str:
 
 
 def _digest(request: pb.SearchRequest) -> str:
-    bare = pb.SearchRequest()
-    bare.CopyFrom(request)
-    bare.ClearField("page_token")
-    bare.ClearField("top_k")  # a page may be larger than the one before
-    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()[:16]
+    size = request.top_k if request.HasField("top_k") else None
+    token = request.page_token
+    request.ClearField("page_token")
+    request.ClearField("top_k")  # a page may be larger than the one before
+    digest = hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest()[:16]
+    if size is not None:
+        request.top_k = size
+    if token:
+        request.page_token = token
+    return digest
 
 
 def _offset(request: pb.SearchRequest) -> int:

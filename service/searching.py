@@ -1,7 +1,9 @@
-"""Searches that wait for a thread at one time go through the index together.
+"""Searches that wait at one time go through the index together.
 
-A search alone takes a tenth of a millisecond; handing it to a thread and its answer back takes as long. So a thread takes
-all that wait for the same collection, searches them as one batch, makes their answers, and returns them in one go.
+A search alone takes a tenth of a millisecond; handing it to a thread and its answer back takes far longer, as both threads
+want Python's lock all the time. So searches that are known to be short run on the event loop, a few milliseconds of them at
+a time. All others go to threads: one takes all that wait for the same collection, searches them as one batch, makes their
+answers, and returns them in one go.
 """
 
 from __future__ import annotations
@@ -9,15 +11,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from export.bundle import Embeddings
+from service.call import Call, current
 from service.errors import ExpiredError, QueueFullError, UnavailableError
 from service.filter import Filter
 from service.metrics import Metrics
@@ -26,6 +30,10 @@ from service.view import Hit
 
 # Searches of one batch.
 TOGETHER = 64
+# Seconds that the event loop may search at a time.
+AT_ONCE = 0.002
+# Neighbours that a search on the event loop may ask for.
+FEW = 100
 
 
 @dataclass(eq=False)
@@ -45,6 +53,11 @@ class Search:
     """Makes the answer, in the thread that searched."""
     done: asyncio.Future[Any]
     queued: float
+    call: Call | None = field(default_factory=current)
+    """Which call it belongs to."""
+    began: float = 0.0
+    """When it left the queue, and when it was answered."""
+    ended: float = 0.0
 
     def goes_with(self, other: Search) -> bool:
         """Whether both may go through the index together."""
@@ -60,6 +73,9 @@ class Searcher:
         self._lock = threading.Lock()
         self._waiting: deque[Search] = deque()
         self._working = 0
+        # Searches that run on the event loop, and seconds that one takes lately: the loop's own.
+        self._short: deque[Search] = deque()
+        self._seconds: weakref.WeakKeyDictionary[Readable, float] = weakref.WeakKeyDictionary()
 
     def submit(
         self,
@@ -71,20 +87,29 @@ class Searcher:
         wanted: Filter | None = None,
         leave_out: frozenset[str] = frozenset(),
         deadline: float | None = None,
+        blocks: bool = True,
     ) -> asyncio.Future[Any]:
         """What `answer` makes of the k nearest rows of a query [D]. Raises `QueueFullError`; the future raises what the
-        search or `answer` does, and `ExpiredError` when `deadline` (monotonic) passes while it waits."""
+        search or `answer` does, and `ExpiredError` when `deadline` (monotonic) passes while it waits. `blocks`: whether
+        `answer` may wait for the disk."""
         loop = asyncio.get_running_loop()
         search = Search(
             collection, query, k, min_score, wanted, leave_out, deadline, answer, loop.create_future(), time.monotonic()
         )
+        waiting = len(self._waiting) + len(self._short)
+        if waiting >= self._limit:
+            self._metrics.rejected.labels(reason="QUEUE_FULL").inc()
+            raise QueueFullError(
+                f"{waiting} searches are waiting, {self._limit} are allowed: try again shortly",
+                0.1, queue_depth=waiting, limit=self._limit,
+            )  # fmt: skip
+        short = not blocks and wanted is None and k <= FEW and self._seconds.get(collection, AT_ONCE) < AT_ONCE / 2
+        if short:
+            if not self._short:
+                loop.call_soon(self._search_short, loop)  # after what else arrives in this turn
+            self._short.append(search)
+            return search.done
         with self._lock:
-            if len(self._waiting) >= self._limit:
-                self._metrics.rejected.labels(reason="QUEUE_FULL").inc()
-                raise QueueFullError(
-                    f"{len(self._waiting)} searches are waiting, {self._limit} are allowed: try again shortly",
-                    0.1, queue_depth=len(self._waiting), limit=self._limit,
-                )  # fmt: skip
             self._waiting.append(search)
             start = self._working < self._threads
             self._working += start
@@ -96,6 +121,19 @@ class Searcher:
         """Finish what waits, and stop the threads."""
         self._pool.shutdown(wait=True)
 
+    def _search_short(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Some of the short searches, on the event loop; then it is others' turn."""
+        first = self._short[0]
+        most = min(TOGETHER, max(1, int(AT_ONCE / self._seconds.get(first.collection, AT_ONCE))))
+        together: list[Search] = []
+        while self._short and len(together) < most and self._short[0].goes_with(first):
+            together.append(self._short.popleft())
+        start = time.thread_time()
+        outcomes = self._searched(together)
+        self._deliver(together, outcomes, time.thread_time() - start)
+        if self._short:
+            loop.call_soon(self._search_short, loop)
+
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
             with self._lock:
@@ -103,9 +141,10 @@ class Searcher:
                 if not together:
                     self._working -= 1
                     return
+            start = time.thread_time()  # how long others held Python's lock says nothing of the search
             outcomes = self._searched(together)
             try:
-                loop.call_soon_threadsafe(_deliver, together, outcomes)
+                loop.call_soon_threadsafe(self._deliver, together, outcomes, time.thread_time() - start)
             except RuntimeError:  # the loop was closed meanwhile: nobody waits any more
                 continue
 
@@ -144,8 +183,9 @@ class Searcher:
             return outcomes
         first = together[0]
         try:
+            queries = np.stack([together[i].query for i in kept])
             found = first.collection.search(
-                np.stack([together[i].query for i in kept]), first.k, first.min_score,
+                queries, first.k, first.min_score,
                 filters=[together[i].wanted for i in kept], leave_out=[together[i].leave_out for i in kept],
             )  # fmt: skip
         except Exception as e:
@@ -155,20 +195,37 @@ class Searcher:
                 for i in kept:
                     (outcomes[i],) = self._searched([together[i]])
             return outcomes
-        self._metrics.search_seconds.observe(time.monotonic() - now)
+        scanned = time.monotonic()
+        self._metrics.search_seconds.observe(scanned - now)
+        best = [
+            hits[0].score for i, hits in zip(kept, found, strict=True)
+            if hits and together[i].wanted is None and not together[i].leave_out
+        ]  # fmt: skip
+        self._metrics.drift.searched(first.collection, queries, best)
         for i, hits in zip(kept, found, strict=True):
+            search = together[i]
+            search.began, search.ended = now, scanned
+            self._metrics.queue_seconds.labels(stage="search").observe(now - search.queued)
             try:
                 outcomes[i] = together[i].answer(hits)
             except Exception as e:
                 outcomes[i] = e
+        self._metrics.answer_seconds.observe(time.monotonic() - scanned)
         return outcomes
 
-
-def _deliver(together: Sequence[Search], outcomes: Sequence[Any]) -> None:
-    for search, outcome in zip(together, outcomes, strict=True):
-        if search.done.done():
-            continue
-        if isinstance(outcome, Exception):
-            search.done.set_exception(outcome)
-        else:
-            search.done.set_result(outcome)
+    def _deliver(self, together: Sequence[Search], outcomes: Sequence[Any], seconds: float) -> None:
+        """On the event loop; `seconds`: that all of them took."""
+        first = together[0]
+        if first.k <= FEW and first.wanted is None:
+            each = seconds / len(together)
+            self._seconds[first.collection] = 0.8 * self._seconds.get(first.collection, each) + 0.2 * each
+        for search, outcome in zip(together, outcomes, strict=True):
+            if search.done.done():
+                continue
+            if search.call is not None and search.ended:
+                search.call.stage("search_queue", search.queued, search.began)
+                search.call.stage("search", search.began, search.ended, together=len(together))
+            if isinstance(outcome, Exception):
+                search.done.set_exception(outcome)
+            else:
+                search.done.set_result(outcome)

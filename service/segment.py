@@ -112,6 +112,12 @@ class _Strings:
         at += self._first
         return str(self._data[self._offsets[at] : self._offsets[at + 1]], "utf-8")
 
+    def take(self, at: Rows) -> list[str]:
+        """Many at once."""
+        offsets, data = np.asarray(self._offsets), self._data
+        lows, highs = offsets[at + self._first].tolist(), offsets[at + self._first + 1].tolist()
+        return [str(data[low:high], "utf-8") for low, high in zip(lows, highs, strict=True)]
+
 
 class StoredRow(NamedTuple):
     """A row as a query returns it."""
@@ -177,6 +183,14 @@ class Segment:
         keys, payloads, uris = self._strings
         return StoredRow(
             int(self.ids[position]), keys[position], payloads[position], uris[position], int(self._sequences[position])
+        )
+
+    def rows(self, positions: Sequence[int]) -> list[StoredRow]:
+        """The rows at positions: several times as fast as one by one."""
+        at = np.array(positions, np.int64)
+        strings = (column.take(at) for column in self._strings)
+        return list(
+            map(StoredRow._make, zip(self.ids[at].tolist(), *strings, self._sequences[at].tolist(), strict=True))
         )
 
     def vector(self, position: int) -> Embeddings:

@@ -6,8 +6,10 @@ So readers never wait, nothing that they share is changed, and a search in a rep
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,13 +33,6 @@ class Hit(NamedTuple):
 
     row: StoredRow
     score: float
-
-
-class _Found(NamedTuple):
-    score: float
-    key: str
-    part: Part | None  # None: among the fresh rows
-    at: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +77,11 @@ class Part:
         return bits, int(np.bitwise_count(bits).sum()), None
 
 
+# Score, segment (None: among the fresh rows), and position there. A plain tuple: a search makes eleven, and needs few keys.
+_Found = tuple[float, Part | None, int]
+_score = operator.itemgetter(0)
+
+
 @dataclass(frozen=True)
 class View:
     """What a search sees: never changed once published."""
@@ -110,7 +110,10 @@ class View:
     ) -> list[list[Hit]]:
         """The k most similar live rows of each unit query [Q, D] that its filter passes, best first; ties by key."""
         found = self._nearest(queries, k, filters, left_out, min_score)
-        return [[self._hit(each) for each in row] for row in found]
+        flat = [each for row in found for each in row]
+        scores = np.clip([score for score, _, _ in flat], -1, 1).tolist()
+        hits = map(Hit._make, zip(self._rows(flat), scores, strict=True))
+        return [list(itertools.islice(hits, len(row))) for row in found]
 
     def groups(
         self,
@@ -132,7 +135,7 @@ class View:
             groups: dict[Any, list[Hit]] = {}
             for each in found:
                 value = read(self._payload(each))
-                name = ("alone", each.key) if value is None else (type(value) is bool, value)
+                name = ("alone", self._key(each)) if value is None else (type(value) is bool, value)
                 if name in groups or len(groups) < k:
                     rows = groups.setdefault(name, [])
                     if len(rows) < size:
@@ -162,8 +165,8 @@ class View:
         grown = queries.copy()
         for i, row in enumerate(self._nearest(queries, neighbours, filters, left_out, None)):
             for each in row:
-                if each.score > 0:
-                    grown[i] += each.score**alpha * self._vector(each)
+                if each[0] > 0:
+                    grown[i] += each[0] ** alpha * self._vector(each)
         scaled: Embeddings = grown / np.linalg.norm(grown, axis=1, keepdims=True)
         return scaled
 
@@ -176,47 +179,70 @@ class View:
         min_score: float | None,
     ) -> list[list[_Found]]:
         found: list[list[_Found]] = [[] for _ in queries]
+        tied = np.zeros(len(queries), np.bool_)  # several rows may have one score, to six digits
+        places = np.zeros(len(queries), np.int64)
         more = max((len(names) for names in left_out), default=0)
         for wanted, members in _alike(filters):
             asked = queries if len(members) == len(queries) else queries[members]
-            for part, key, search, count in self._searches(wanted):
+            for part, search, count in self._searches(wanted):
                 scores, positions = _with_ties(search, asked, k + more, count)
+                places[members] += 1
+                tied[members] = (np.diff(np.sort(scores, axis=1), axis=1) < 2e-6).any(axis=1)
                 for i, row_scores, row_positions in zip(members, scores.tolist(), positions.tolist(), strict=True):
-                    found[i] += [
-                        _Found(score, key(at), part, at)
-                        for score, at in zip(row_scores, row_positions, strict=True)
-                        if at >= 0
-                    ]
+                    some: Iterable[_Found] = zip(row_scores, itertools.repeat(part), row_positions)
+                    found[i] += [each for each in some if each[2] >= 0] if -1 in row_positions else some
         best = []
-        for row, names in zip(found, left_out, strict=True):
-            row.sort(key=lambda each: (-round(each.score, 6), each.key))
-            kept = [e for e in row if e.key not in names and (min_score is None or e.score >= min_score - TOLERANCE)]
-            best.append(kept[:k])
+        for row, names, may_tie in zip(found, left_out, (tied | (places > 1)).tolist(), strict=True):
+            row.sort(key=_score, reverse=True)
+            if may_tie and len({round(score, 6) for score, _, _ in row}) < len(row):
+                row.sort(key=lambda each: (-round(each[0], 6), self._key(each)))
+            if names:
+                row = [each for each in row if self._key(each) not in names]
+            if min_score is not None:
+                row = [each for each in row if each[0] >= min_score - TOLERANCE]
+            best.append(row[:k])
         return best
 
     def _searches(
         self, wanted: Filter | None
-    ) -> Iterator[tuple[Part | None, Callable[[int], str], Callable[[Embeddings, int], tuple[Embeddings, Rows]], int]]:
-        """Where rows that a filter passes are: the segment (None: fresh rows), the key at a position, how to search, and how
-        many rows."""
+    ) -> Iterator[tuple[Part | None, Callable[[Embeddings, int], tuple[Embeddings, Rows]], int]]:
+        """Where rows that a filter passes are: the segment (None: fresh rows), how to search, and how many rows."""
         for part in self.parts:
             bits, count, rows = part.among(wanted)
             if count:
                 search = functools.partial(part.segment.search, live=bits, live_count=count, rows=rows)
-                yield part, part.segment.key, search, count
+                yield part, search, count
         flags, count = self.fresh.among(wanted)
         if count:
-            yield None, self.fresh.key, functools.partial(self.fresh.search, flags=flags, count=count), count
+            yield None, functools.partial(self.fresh.search, flags=flags, count=count), count
+
+    def _rows(self, found: Sequence[_Found]) -> list[StoredRow]:
+        """The row of each, read together."""
+        if found and found[0][1] is not None and all(part is found[0][1] for _, part, _ in found):
+            return found[0][1].segment.rows([at for _, _, at in found])
+        rows: dict[tuple[int, int], StoredRow] = {}
+        for part in {id(part): part for _, part, _ in found}.values():
+            at = [position for _, each, position in found if each is part]
+            some = [self.fresh.rows[i] for i in at] if part is None else part.segment.rows(at)
+            rows.update(zip(((id(part), i) for i in at), some, strict=True))
+        return [rows[id(part), at] for _, part, at in found]
 
     def _hit(self, each: _Found) -> Hit:
-        row = self.fresh.rows[each.at] if each.part is None else each.part.segment.row(each.at)
-        return Hit(row, max(-1.0, min(1.0, each.score)))
+        score, part, at = each
+        row = self.fresh.rows[at] if part is None else part.segment.row(at)
+        return Hit(row, max(-1.0, min(1.0, score)))
+
+    def _key(self, each: _Found) -> str:
+        _, part, at = each
+        return self.fresh.key(at) if part is None else part.segment.key(at)
 
     def _payload(self, each: _Found) -> str:
-        return self.fresh.rows[each.at].payload if each.part is None else each.part.segment.payload(each.at)
+        _, part, at = each
+        return self.fresh.rows[at].payload if part is None else part.segment.payload(at)
 
     def _vector(self, each: _Found) -> Embeddings:
-        return self.fresh.buffer[each.at] if each.part is None else each.part.segment.vector(each.at)
+        _, part, at = each
+        return self.fresh.buffer[at] if part is None else part.segment.vector(at)
 
 
 def _alike(filters: Sequence[Filter | None]) -> list[tuple[Filter | None, list[int]]]:

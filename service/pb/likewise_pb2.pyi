@@ -73,9 +73,7 @@ class _ItemOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ItemOrder.V
     ITEM_ORDER_KEY: _ItemOrder.ValueType  # 1
     """By key, in the order of UTF-8 bytes. What is written meanwhile comes or does not, by its key."""
     ITEM_ORDER_SEQUENCE: _ItemOrder.ValueType  # 2
-    """By sequence number, oldest first. An item that is written again meanwhile comes again, at the end: so the last page's
-    token, kept, lists what was written since.
-    """
+    """By sequence number, oldest first. An item that is written again meanwhile comes again, at the end."""
 
 class ItemOrder(_ItemOrder, metaclass=_ItemOrderEnumTypeWrapper):
     """How items are listed."""
@@ -85,9 +83,7 @@ ITEM_ORDER_UNSPECIFIED: ItemOrder.ValueType  # 0
 ITEM_ORDER_KEY: ItemOrder.ValueType  # 1
 """By key, in the order of UTF-8 bytes. What is written meanwhile comes or does not, by its key."""
 ITEM_ORDER_SEQUENCE: ItemOrder.ValueType  # 2
-"""By sequence number, oldest first. An item that is written again meanwhile comes again, at the end: so the last page's
-token, kept, lists what was written since.
-"""
+"""By sequence number, oldest first. An item that is written again meanwhile comes again, at the end."""
 Global___ItemOrder: _TypeAlias = ItemOrder  # noqa: Y015
 
 @_typing.final
@@ -1458,12 +1454,9 @@ class ListItemsResponse(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     SPACE_ID_FIELD_NUMBER: _builtins.int
-    LAST_PAGE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page; but not by ITEM_ORDER_SEQUENCE, where `last_page` says it."""
+    """Empty on the last page."""
     space_id: _builtins.str
-    last_page: _builtins.bool
-    """Nothing came after this page when it was made."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Item]: ...
     def __init__(
@@ -1472,11 +1465,10 @@ class ListItemsResponse(_message.Message):
         items: _abc.Iterable[Global___Item] | None = ...,
         next_page_token: _builtins.str = ...,
         space_id: _builtins.str = ...,
-        last_page: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "last_page", b"last_page", "next_page_token", b"next_page_token", "space_id", b"space_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "next_page_token", b"next_page_token", "space_id", b"space_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,8 @@ def address_of(server: subprocess.Popen[str]) -> str:
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, traces: Any = None, **settings: Any) -> None:
+        self._traces = traces
         self.settings = {
             "port": 0,
             "metrics_port": 0,
@@ -44,7 +45,7 @@ class Running:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         try:
-            self.server = Server(Serve(**self.settings))
+            self.server = Server(Serve(**self.settings), traces=self._traces)
             await self.server.start()
         finally:
             self._started.set()

@@ -12,6 +12,7 @@ import pytest
 
 from export.bundle import Embeddings
 from service.client import CallError, Client, Example, NewItem
+from service.messages import Call
 from service.pb import likewise_pb2 as pb
 from tests.service.running import Running
 
@@ -115,7 +116,7 @@ def test_pages_continue_and_are_bound_to_their_request(client: Client) -> None:
     pages: list[int] = []
     tokens = []
     while True:
-        response = client._call(client._search.Search, request)
+        response = client._call(Call("/likewise.v1.SearchService/Search", request, pb.SearchResponse))
         pages += [int(n.item.key[1:]) for n in response.neighbors]
         if not response.next_page_token:
             break
@@ -134,13 +135,13 @@ def test_pages_continue_and_are_bound_to_their_request(client: Client) -> None:
         for name, value in change.items():
             setattr(changed, name, value)
         with pytest.raises(CallError) as caught:
-            client._call(client._search.Search, changed)
+            client._call(Call("/likewise.v1.SearchService/Search", changed, pb.SearchResponse))
         assert caught.value.reason == "BAD_PAGE_TOKEN"
 
 
 def test_more_than_a_page_comes_in_pages(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    import service.client
+    import service.messages
 
-    monkeypatch.setattr(service.client, "PAGE", 40)
+    monkeypatch.setattr(service.messages, "PAGE", 40)
     assert keys(client.search("many", vector=QUERY, top_k=250)) == nearest(QUERY)[:250]
     assert keys(client.search("many", vector=QUERY, top_k=9999)) == nearest(QUERY)
