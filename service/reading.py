@@ -288,6 +288,14 @@ class Readable:
         """Every live item, block by block, as of now: id, key, payload, source_uri and sequence, and vectors [N, D]."""
         return self._view.scan()
 
+    def written_at(self, key: str) -> int | None:
+        """Sequence number of the write that a live item comes from, as of its last commit; None where there is no item."""
+        try:
+            record = self._reader.one(key)
+        except ClosedError:
+            raise self._gone() from None
+        return None if record is None else record.row.sequence
+
     def _committed(self, key: str) -> StoredItem | None:
         """An item as its last commit left it; None where the view does not hold its segment. Raises `NotFoundError`."""
         try:

@@ -219,6 +219,8 @@ class Reembedding:
         """Why items that were met cannot be embedded, by key: a word of `WITHOUT`, and what more is known."""
         self.embedded = 0
         """Rows that were embedded."""
+        self._left_at: dict[str, int] = {}
+        """Sequence number of what was left out, by key."""
         self._encoder, self._trusted = encoder, trusted
         self._embedder = Embedder(new.folder / "building", encoder, console)
 
@@ -317,6 +319,14 @@ class Reembedding:
         """What the new collection held under its key goes: it is of an earlier write."""
         self._forget([written.row.key])
         self.left_out[written.row.key] = f"{reason}: {more}" if more else reason
+        self._left_at[written.row.key] = written.sequence
+
+    def settle(self) -> None:
+        """Take out of `left_out` what a later write has overtaken, such as one whose original was swept meanwhile: that
+        write is among the lag, and is replayed with it."""
+        for key in list(self.left_out):
+            if self.old.written_at(key) != self._left_at[key]:
+                del self.left_out[key]
 
     def _forget(self, keys: Sequence[str]) -> None:
         if keys:
@@ -408,6 +418,7 @@ def _replay(
             while (lag := work.lag) > asked.lag:
                 console.print(f"{lag:,} writes of {asked.old} are not in {asked.out} yet")
                 work.step()
+            work.settle()
         finally:
             listed = sorted((key, _reason(why)) for key, why in work.left_out.items())
             write_unreadable(asked.out / "unreadable.tsv", listed)

@@ -80,6 +80,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone: Path, pictures: P
     assert losses(out) == pytest.approx(losses(alone), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_shards_are_the_whole_and_go_on_without(alone: Path, pictures: Path, tmp_path: Path) -> None:
     """FSDP2 with a frozen backbone at first, and gradients summed over two parts; its checkpoint is an ordinary one."""
     flags = [str(pictures), *FLAGS, "--init", str(alone), "--head-steps", "3", "--steps", "9"]
@@ -183,7 +184,7 @@ def train_on_rank(rank: int, folder: str, name: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["sop", "dino", "sop sharded", "dino sharded"])
+@pytest.mark.parametrize("name", ["sop", "dino", "sop sharded", pytest.param("dino sharded", marks=pytest.mark.slow)])
 def test_memories_and_weights_are_bit_equal_on_all_ranks(tmp_path: Path, name: str) -> None:  # 11
     mp.spawn(train_on_rank, (str(tmp_path), name), nprocs=2)
     first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
