@@ -52,6 +52,7 @@ def alone(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(alone: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
     torchrun("train", str(pictures), "--out", str(out), *FLAGS)

@@ -230,6 +230,7 @@ def test_order_of_the_anchors_does_not_matter() -> None:  # 13
     assert a.item() == pytest.approx(image_loss(u, t, 5, shuffled, 0.1, 0.04).item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_random_anchors_keep_a_toy_from_collapsing_and_fixed_ones_do_not() -> None:  # 16
     def run(fixed: bool, support: int = 4) -> tuple[float, float, float]:
         torch.manual_seed(0)
