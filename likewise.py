@@ -95,6 +95,31 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
     ("doctor",): ("service.doctor", "Doctor", "cpu,serve", "say what is wrong with this machine and its packages"),
     ("upsert",): ("service.upsert", "Upsert", "cpu,serve", "send pictures to a server, which stores them"),
     ("query",): ("service.query", "Query", "cpu,serve", "ask a server for the neighbours of a picture"),
+    ("release", "status"): (
+        "service.release_command",
+        "ReleaseStatus",
+        "cpu,serve",
+        "say which release a collection is served from",
+    ),
+    ("release", "prepare"): (
+        "service.release_command",
+        "ReleasePrepare",
+        "cpu,serve",
+        "load a bundle and its collection beside the served ones",
+    ),
+    ("release", "switch"): ("service.release_command", "ReleaseSwitch", "cpu,serve", "serve them from now on"),
+    ("release", "rollback"): (
+        "service.release_command",
+        "ReleaseRollback",
+        "cpu,serve",
+        "serve what was served before, with the writes since",
+    ),
+    ("release", "finish"): (
+        "service.release_command",
+        "ReleaseFinish",
+        "cpu,serve",
+        "unload what is not served any more",
+    ),
     ("healthcheck",): (
         "service.healthcheck",
         "HealthCheck",

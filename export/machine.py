@@ -1,4 +1,4 @@
-"""What machine is this? Cores, processor, GPU: the names that measurements are kept under, and a place to keep them."""
+"""What machine is this? Cores, memory, processor, GPU: the names that measurements are kept under, and a place for them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ def cpu_quota() -> int:
         except (OSError, ValueError, IndexError):
             continue
     return cores
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process may still take: the machine's, cut by the container's limit (cgroup v2)."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)
+    free = int(found[1]) * 1024 if found else 0
+    limit, used = (_read(Path("/sys/fs/cgroup") / name).strip() for name in ("memory.max", "memory.current"))
+    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
 
 
 def cpu_model() -> str:

@@ -27,9 +27,11 @@ from service.messages import (
     Calls,
     CollectionInfo,
     EncoderInfo,
+    Expected,
     Item,
     Neighbor,
     NewItem,
+    ReleaseInfo,
     SearchOptions,
 )
 
@@ -68,17 +70,26 @@ class AsyncClient:
         """Whether the server says that it serves (grpc.health.v1)."""
         return await self._run(messages.ready())
 
-    async def encoder(self) -> EncoderInfo:
-        """The server's encoder."""
-        return await self._run(messages.encoder())
+    async def encoder(self, space_id: str = "") -> EncoderInfo:
+        """The server's own encoder, or that of a space."""
+        return await self._run(messages.encoder(space_id))
 
-    async def embed(self, images: Sequence[bytes]) -> list[Embeddings | CallError]:
-        """Unit vectors float32 [D] of encoded pictures, at most 256; a `CallError` in the place of each that failed."""
-        return await self._run(messages.embed(images))
+    async def encoders(self) -> list[EncoderInfo]:
+        """Every encoder that is loaded, the server's own first."""
+        return await self._run(messages.encoders())
 
-    def embed_many(self, images: Iterable[bytes] | AsyncIterable[bytes]) -> AsyncIterator[Embeddings | CallError]:
+    async def embed(
+        self, images: Sequence[bytes], *, space_id: str = "", collection: str = ""
+    ) -> list[Embeddings | CallError]:
+        """Unit vectors float32 [D] of encoded pictures, at most 256; a `CallError` in the place of each that failed. By the
+        encoder of a space, or of a collection; the server's own where neither is named."""
+        return await self._run(messages.embed(images, space_id, collection))
+
+    def embed_many(
+        self, images: Iterable[bytes] | AsyncIterable[bytes], *, space_id: str = "", collection: str = ""
+    ) -> AsyncIterator[Embeddings | CallError]:
         """The same for any number of pictures, in their order. No more than 200 of them are held at a time."""
-        return self._many(images, messages.PICTURES, messages.embed_some)
+        return self._many(images, messages.PICTURES, lambda some: messages.embed_some(some, space_id, collection))
 
     async def search(self, collection: str, **options: Unpack[SearchOptions]) -> list[Neighbor]:
         """Neighbours of a picture, a vector, a stored item or several examples, best first: see `Client.search`."""
@@ -121,10 +132,10 @@ class AsyncClient:
                 return
 
     async def create_collection(
-        self, name: str, *, keep_originals: bool = False, thumbnail_pixels: int = 0
+        self, name: str, *, keep_originals: bool = False, thumbnail_pixels: int = 0, space_id: str = ""
     ) -> CollectionInfo:
         """Make an empty collection: see `Client.create_collection`."""
-        return await self._run(messages.create_collection(name, keep_originals, thumbnail_pixels))
+        return await self._run(messages.create_collection(name, keep_originals, thumbnail_pixels, space_id))
 
     async def collection(self, name: str) -> CollectionInfo:
         """One collection."""
@@ -145,6 +156,28 @@ class AsyncClient:
     async def snapshot_collection(self, name: str, snapshot: str) -> int:
         """Have a snapshot taken into a folder of the server; returns the sequence number of the last write in it."""
         return await self._run(messages.snapshot_collection(name, snapshot))
+
+    async def prepare_release(
+        self, collection: str, release: str, *, acceptance: Sequence[Expected] = (), min_overlap: float = 0.0
+    ) -> ReleaseInfo:
+        """Have a release loaded beside a collection, which catches up with it in the background: see `release`."""
+        return await self._run(messages.prepare_release(collection, release, acceptance, min_overlap))
+
+    async def release(self, collection: str) -> ReleaseInfo:
+        """What a collection is served from, and what stands beside it."""
+        return await self._run(messages.release(collection))
+
+    async def switch_release(self, collection: str, release: str, *, leave_out: bool = False) -> ReleaseInfo:
+        """Have a prepared release served from now on; `leave_out`: although it cannot hold some items."""
+        return await self._run(messages.switch_release(collection, release, leave_out))
+
+    async def roll_back_release(self, collection: str, *, leave_out: bool = False) -> ReleaseInfo:
+        """Have served what was served before the last switch, with what was written since."""
+        return await self._run(messages.roll_back_release(collection, leave_out))
+
+    async def finish_release(self, collection: str) -> ReleaseInfo:
+        """Have unloaded what stands beside a collection."""
+        return await self._run(messages.finish_release(collection))
 
     async def _many(
         self,

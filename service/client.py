@@ -26,9 +26,11 @@ from service.messages import (
     CollectionInfo,
     EncoderInfo,
     Example,
+    Expected,
     Item,
     Neighbor,
     NewItem,
+    ReleaseInfo,
     SearchOptions,
 )
 
@@ -38,9 +40,11 @@ __all__ = [
     "CollectionInfo",
     "EncoderInfo",
     "Example",
+    "Expected",
     "Item",
     "Neighbor",
     "NewItem",
+    "ReleaseInfo",
     "SearchOptions",
 ]
 
@@ -88,17 +92,26 @@ class Client:
         """Whether the server says that it serves (grpc.health.v1)."""
         return self._run(messages.ready())
 
-    def encoder(self) -> EncoderInfo:
-        """The server's encoder."""
-        return self._run(messages.encoder())
+    def encoder(self, space_id: str = "") -> EncoderInfo:
+        """The server's own encoder, or that of a space."""
+        return self._run(messages.encoder(space_id))
 
-    def embed(self, images: Sequence[bytes]) -> list[Embeddings | CallError]:
-        """Unit vectors float32 [D] of encoded pictures, at most 256; a `CallError` in the place of each that failed."""
-        return self._run(messages.embed(images))
+    def encoders(self) -> list[EncoderInfo]:
+        """Every encoder that is loaded, the server's own first."""
+        return self._run(messages.encoders())
 
-    def embed_many(self, images: Iterable[bytes]) -> Iterator[Embeddings | CallError]:
+    def embed(
+        self, images: Sequence[bytes], *, space_id: str = "", collection: str = ""
+    ) -> list[Embeddings | CallError]:
+        """Unit vectors float32 [D] of encoded pictures, at most 256; a `CallError` in the place of each that failed. By the
+        encoder of a space, or of a collection; the server's own where neither is named."""
+        return self._run(messages.embed(images, space_id, collection))
+
+    def embed_many(
+        self, images: Iterable[bytes], *, space_id: str = "", collection: str = ""
+    ) -> Iterator[Embeddings | CallError]:
         """The same for any number of pictures, in their order. No more than 200 of them are held at a time."""
-        return self._many(images, messages.PICTURES, messages.embed_some)
+        return self._many(images, messages.PICTURES, lambda some: messages.embed_some(some, space_id, collection))
 
     def search(
         self, collection: str, *, image: bytes | None = None, vector: Embeddings | Sequence[float] | None = None,
@@ -153,11 +166,11 @@ class Client:
                 return
 
     def create_collection(
-        self, name: str, *, keep_originals: bool = False, thumbnail_pixels: int = 0
+        self, name: str, *, keep_originals: bool = False, thumbnail_pixels: int = 0, space_id: str = ""
     ) -> CollectionInfo:
         """Make an empty collection. `keep_originals`: pictures that come as bytes are kept, for `get` and so that another
         encoder can embed them; `thumbnail_pixels`: longer side of thumbnails that are made of them, 32 to 1024."""
-        return self._run(messages.create_collection(name, keep_originals, thumbnail_pixels))
+        return self._run(messages.create_collection(name, keep_originals, thumbnail_pixels, space_id))
 
     def collection(self, name: str) -> CollectionInfo:
         """One collection."""
@@ -178,6 +191,28 @@ class Client:
     def snapshot_collection(self, name: str, snapshot: str) -> int:
         """Have a snapshot taken into a folder of the server; returns the sequence number of the last write in it."""
         return self._run(messages.snapshot_collection(name, snapshot))
+
+    def prepare_release(
+        self, collection: str, release: str, *, acceptance: Sequence[Expected] = (), min_overlap: float = 0.0
+    ) -> ReleaseInfo:
+        """Have a release loaded beside a collection, which catches up with it in the background: see `release`."""
+        return self._run(messages.prepare_release(collection, release, acceptance, min_overlap))
+
+    def release(self, collection: str) -> ReleaseInfo:
+        """What a collection is served from, and what stands beside it."""
+        return self._run(messages.release(collection))
+
+    def switch_release(self, collection: str, release: str, *, leave_out: bool = False) -> ReleaseInfo:
+        """Have a prepared release served from now on; `leave_out`: although it cannot hold some items."""
+        return self._run(messages.switch_release(collection, release, leave_out))
+
+    def roll_back_release(self, collection: str, *, leave_out: bool = False) -> ReleaseInfo:
+        """Have served what was served before the last switch, with what was written since."""
+        return self._run(messages.roll_back_release(collection, leave_out))
+
+    def finish_release(self, collection: str) -> ReleaseInfo:
+        """Have unloaded what stands beside a collection."""
+        return self._run(messages.finish_release(collection))
 
     def _many(
         self, given: Iterable[T], size: int, calls: Callable[[Sequence[T]], Calls[list[R]]], streams: int = STREAMS

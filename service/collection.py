@@ -596,8 +596,20 @@ class Collection(Readable):
     def follow_restored(self, uid: str) -> None:
         """Note that what this collection follows was restored from a snapshot that holds what is in this one: its uid."""
         with self._open():
-            self.manifest = self.manifest.model_copy(update={"follows": uid})
-            write_file(self.folder / "collection.json", self.manifest.sealed().model_dump_json(indent=2))
+            self._write_follows(uid)
+
+    def follow_from(self, uid: str, sequence: int) -> None:
+        """Follow another collection from here on, whose writes up to `sequence` are in this one."""
+        with self._open():
+            self._write_follows("")  # a number of one history must never stand beside the uid of another
+            with self._records.transaction():
+                self._records.reach("followed", sequence)
+            self._write_follows(uid)
+
+    def _write_follows(self, uid: str) -> None:
+        """Under the write lock."""
+        self.manifest = self.manifest.model_copy(update={"follows": uid})
+        write_file(self.folder / "collection.json", self.manifest.sealed().model_dump_json(indent=2))
 
     def shrink(self) -> None:
         """Give room that is free in records.sqlite back to the disk."""

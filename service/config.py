@@ -241,6 +241,11 @@ class Serve(Embedding):
 
     collections: Path = Path("collections")
     """A folder of collections (made where absent), or a single collection."""
+    other_bundles: list[Path] = []
+    """More bundles: collections of their spaces are served, too."""
+    releases: Path | None = None
+    """A folder of releases, NAME/bundle and NAME/COLLECTION: the encoder of a collection can be exchanged for one of them
+    while it is served (ReleaseService)."""
     snapshots: Path | None = None
     """A folder that clients may have snapshots taken into (SnapshotCollection); where absent, they may not."""
     host: str = "127.0.0.1"

@@ -171,6 +171,13 @@ class DiskFullError(ServiceError):
     default_reason = "DISK_FULL"
 
 
+class ResourceError(ServiceError):
+    """What is asked for does not fit this machine."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    default_reason = "NOT_ENOUGH_MEMORY"
+
+
 class ExpiredError(ServiceError):
     """The deadline passed before any compute."""
 

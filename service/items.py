@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -34,7 +35,9 @@ from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.pipeline import Priority
 from service.records import NewRow, Record
+from service.releases import Releases
 from service.segment import attributes_of
+from service.served import MovedError, Served
 from service.servicer import (
     MAX_ITEMS,
     Clock,
@@ -62,14 +65,15 @@ GROUPS = 100
 class CollectionService(pb_grpc.CollectionServiceServicer):
     """likewise.v1.CollectionService."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, releases: Releases) -> None:
+        self._engine, self._releases = engine, releases
 
     async def CreateCollection(self, request: pb.CreateCollectionRequest, context: Context) -> pb.CreateCollectionResponse:  # noqa: N802  # fmt: skip
         """See the proto."""
+        encoder = self._engine.model(request.space_id).encoder
         create = functools.partial(
-            self._engine.store.create, request.name, keep_originals=request.keep_originals,
-            thumbnail_pixels=request.thumbnail_pixels,
+            self._engine.store.create, request.name, encoder.space_id, encoder.dim,
+            keep_originals=request.keep_originals, thumbnail_pixels=request.thumbnail_pixels,
         )  # fmt: skip
         collection = await self._engine.write(create)
         return pb.CreateCollectionResponse(collection=_collection(collection))
@@ -91,22 +95,35 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
 
     async def DeleteCollection(self, request: pb.DeleteCollectionRequest, context: Context) -> pb.DeleteCollectionResponse:  # noqa: N802  # fmt: skip
         """See the proto."""
+        self._releases.check_deletable(request.name)
         await self._engine.write(self._engine.store.delete, request.name)
         return pb.DeleteCollectionResponse()
 
     async def UpsertItems(self, request: pb.UpsertItemsRequest, context: Context) -> pb.UpsertItemsResponse:  # noqa: N802
         """See the proto."""
-        clock = Clock()
-        engine = self._engine
-        collection = engine.store.get(request.collection)
         check_count(len(request.items), MAX_ITEMS, "items")
-        given = [_given(item, i, collection, engine.encoder.origin) for i, item in enumerate(request.items)]
+        clock = Clock()
+        while True:
+            try:
+                response = await self._upsert(request, context, clock)
+            except MovedError:  # its encoder was exchanged meanwhile: with the other one
+                continue
+            clock.write(response.timings)
+            return response
+
+    async def _upsert(self, request: pb.UpsertItemsRequest, context: Context, clock: Clock) -> pb.UpsertItemsResponse:
+        """Raises `MovedError`; then nothing was stored."""
+        engine = self._engine
+        served = engine.store.served(request.collection)
+        collection, model = served.collection, engine.models[served.collection.space_id]
+        given = [_given(item, i, served, model.encoder.origin) for i, item in enumerate(request.items)]
         pictures = [i for i, each in enumerate(given) if isinstance(each, _Given) and each.vector is None]
-        refusal = engine.encoder.mixing_refusal(collection.origins) if pictures else None
+        refusal = model.encoder.mixing_refusal(collection.origins) if pictures else None
         if refusal is not None:
             raise PreconditionError(refusal, reason="VARIANT_MISMATCH")
         if pictures:
             embedded = await engine.embed(
+                model,
                 [request.items[i].image.content for i in pictures],
                 [f"items[{i}].image.content" for i in pictures],
                 context,
@@ -128,12 +145,10 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         good = [(i, each) for i, each in enumerate(given) if isinstance(each, _Given)]
         if good:
             came = [request.items[i].image.content or None for i, _ in good]
-            sequences = await _stored(engine, collection, [each for _, each in good], came)
+            sequences = await _stored(engine, served, [each for _, each in good], came)
             for (i, _), sequence in zip(good, sequences, strict=True):
                 results[i].sequence = sequence
-        response = pb.UpsertItemsResponse(results=results, space_id=collection.space_id)
-        clock.write(response.timings)
-        return response
+        return pb.UpsertItemsResponse(results=results, space_id=collection.space_id)
 
     async def StreamUpsert(self, requests: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         """See the proto."""
@@ -146,30 +161,40 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
 
     async def DeleteItems(self, request: pb.DeleteItemsRequest, context: Context) -> pb.DeleteItemsResponse:  # noqa: N802
         """See the proto."""
-        collection = self._engine.store.get(request.collection)
         check_count(len(request.keys), MAX_KEYS, "keys")
-        missing = await self._engine.write(collection.delete, list(request.keys))
-        self._engine.maintain_when_due(collection)
+        while True:
+            served = self._engine.store.served(request.collection)
+            try:
+                missing = await self._engine.write_to(served, served.collection.delete, list(request.keys))
+                break
+            except MovedError:
+                continue
+        self._engine.maintain_when_due(served.collection)
         deleted = len(set(request.keys)) - len(missing)
         return pb.DeleteItemsResponse(deleted_count=deleted, missing_keys=missing)
 
     async def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:  # noqa: N802
         """See the proto."""
-        collection = self._engine.store.get(request.collection)
-        item = await self._engine.read(_item, collection, request.key, request.with_original)
-        return pb.GetItemResponse(item=item, space_id=collection.space_id)
+        with self._engine.using(request.collection) as served:
+            item = await self._engine.read(_item, served.collection, request.key, request.with_original)
+            return pb.GetItemResponse(item=item, space_id=served.collection.space_id)
 
     async def ListItems(self, request: pb.ListItemsRequest, context: Context) -> pb.ListItemsResponse:  # noqa: N802
         """See the proto."""
-        collection = self._engine.store.get(request.collection)
-        return await self._engine.read(_page, collection, request)
+        with self._engine.using(request.collection) as served:
+            return await self._engine.read(_page, served.collection, request)
 
     async def FindDuplicates(  # type: ignore[override]  # noqa: N802
         self, request: pb.FindDuplicatesRequest, context: Context
     ) -> None:
         """See the proto."""
+        with self._engine.using(request.collection) as served:
+            await self._find_duplicates(request, served.collection, context)
+
+    async def _find_duplicates(
+        self, request: pb.FindDuplicatesRequest, collection: Collection, context: Context
+    ) -> None:
         engine = self._engine
-        collection = engine.store.get(request.collection)
         wanted = Filter.parse(request.filter) if request.filter.strip() else None
         min_score = request.min_score if request.HasField("min_score") else 0.95
         after = request.after if request.HasField("after") else None
@@ -197,17 +222,24 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         self, request: pb.CompactCollectionRequest, context: Context
     ) -> pb.CompactCollectionResponse:
         """See the proto."""
-        collection = self._engine.store.get(request.name)
-        merged = await self._engine.chore(_compacted, collection)
-        return pb.CompactCollectionResponse(
-            collection=_collection(collection), merged_segments=merged, segments=len(collection.segments())
-        )
+        with self._engine.using(request.name) as served:
+            collection = served.collection
+            merged = await self._engine.chore(_compacted, collection)
+            return pb.CompactCollectionResponse(
+                collection=_collection(collection), merged_segments=merged, segments=len(collection.segments())
+            )
 
     async def SnapshotCollection(  # noqa: N802
         self, request: pb.SnapshotCollectionRequest, context: Context
     ) -> pb.SnapshotCollectionResponse:
         """See the proto."""
-        collection, root = self._engine.store.get(request.name), self._engine.snapshots
+        with self._engine.using(request.name) as served:
+            return await self._snapshot(request, served.collection)
+
+    async def _snapshot(
+        self, request: pb.SnapshotCollectionRequest, collection: Collection
+    ) -> pb.SnapshotCollectionResponse:
+        root = self._engine.snapshots
         if root is None:
             raise PreconditionError(
                 "this server has no folder for snapshots: start it with --snapshots FOLDER, or run `likewise index "
@@ -341,7 +373,7 @@ class _Given(NamedTuple):
     vector: Embeddings | None  # None: its picture is to be embedded
 
 
-def _given(item: pb.NewItem, i: int, collection: Collection, encoder: str) -> _Given | ServiceError:
+def _given(item: pb.NewItem, i: int, served: Served, encoder: str) -> _Given | ServiceError:
     """What an item gives to be stored, or why it cannot be. `encoder`: the origin of vectors made from pictures."""
     try:
         check_key(item.key, f"items[{i}].key")
@@ -356,19 +388,20 @@ def _given(item: pb.NewItem, i: int, collection: Collection, encoder: str) -> _G
             raise InvalidArgumentError("the item has no source: set image or vector", field=f"items[{i}].source")
         if kind == "image":
             return _Given(NewRow(item.key, payload, item.source_uri, encoder), None)
-        vector = vector_of(item.vector, collection, f"items[{i}].vector")
+        vector = vector_of(item.vector, served, f"items[{i}].vector")
         return _Given(NewRow(item.key, payload, item.source_uri), vector)
     except ServiceError as e:
         return e
 
 
 async def _stored(
-    engine: Engine, collection: Collection, given: Sequence[_Given], pictures: Sequence[bytes | None]
+    engine: Engine, served: Served, given: Sequence[_Given], pictures: Sequence[bytes | None]
 ) -> list[int]:
-    """Write what all have a vector by now; their sequence numbers."""
+    """Write what all have a vector by now; their sequence numbers. Raises `MovedError`; then nothing was stored."""
     vectors = np.stack([each.vector for each in given if each.vector is not None])
-    sequences = await engine.write(collection.upsert, [each.row for each in given], vectors, pictures)
-    engine.maintain_when_due(collection)
+    rows = [each.row for each in given]
+    sequences = await engine.write_to(served, served.collection.upsert, rows, vectors, pictures)
+    engine.maintain_when_due(served.collection)
     return sequences
 
 
@@ -376,10 +409,14 @@ async def _stored(
 class _Entry:
     """An item of an upload on its way to the disk."""
 
-    given: _Given | ServiceError
-    picture: bytes | None
-    work: asyncio.Task[None] | None
+    item: pb.NewItem
+    place: int
+    """Its number in the request that it came in."""
+    priority: Priority
     bytes: int
+    given: _Given | ServiceError
+    work: asyncio.Task[None] | None = None
+    """What embeds its picture."""
 
 
 class _Upload:
@@ -388,41 +425,53 @@ class _Upload:
     def __init__(self, engine: Engine, context: Context) -> None:
         self._engine, self._context = engine, context
         self.stream = Stream[pb.StreamUpsertRequest, pb.StreamUpsertResponse](context)
-        self._collection: Collection | None = None
+        self._served: Served | None = None
         self._entries: deque[_Entry] = deque()
 
     async def begin(self, request: pb.StreamUpsertRequest) -> Load:
         """Embed its pictures. Raises `ServiceError` on a request that says nothing of any item."""
-        collection = self._collection
-        if collection is None:
-            collection = self._collection = self._engine.store.get(request.collection)
-        elif request.collection not in ("", collection.name):
+        served = self._served
+        if served is None:
+            served = self._served = self._engine.store.served(request.collection)
+        elif request.collection not in ("", served.collection.name):
             raise InvalidArgumentError(
-                f"the stream is into {collection.name!r}, the request names {request.collection[:80]!r}: open another "
-                "stream",
+                f"the stream is into {served.collection.name!r}, the request names {request.collection[:80]!r}: open "
+                "another stream",
                 "BAD_REQUEST", "collection",
             )  # fmt: skip
         check_count(len(request.items), MAX_ITEMS, "items")
-        origin = self._engine.encoder.origin
-        refusal = None
-        if any(item.HasField("image") for item in request.items):
-            refusal = self._engine.encoder.mixing_refusal(collection.origins)
         priority = priority_of(request.priority, Priority.BULK)
-        total = 0
-        for i, item in enumerate(request.items):
-            given, size = _given(item, i, collection, origin), item.ByteSize()
-            entry = _Entry(given, None, None, size)
-            if isinstance(given, _Given) and given.vector is None:
-                if refusal is not None:
-                    entry.given = PreconditionError(refusal, reason="VARIANT_MISMATCH")
-                else:
-                    entry.picture = item.image.content
-                    entry.work = asyncio.create_task(self._embed(entry, given, i, priority))
-                    entry.work.add_done_callback(self.stream.notice)
-            self._entries.append(entry)
-            total += size
+        entries = [
+            _Entry(item, i, priority, item.ByteSize(), _given(item, i, served, self._origin(served)))
+            for i, item in enumerate(request.items)
+        ]
+        self._start(entries, served)
+        self._entries += entries
         self.stream.notice()
-        return Load(len(request.items), total)
+        return Load(len(entries), sum(entry.bytes for entry in entries))
+
+    def _origin(self, served: Served) -> str:
+        return self._engine.models[served.collection.space_id].encoder.origin
+
+    def _start(self, entries: Sequence[_Entry], served: Served) -> None:
+        """Embed the pictures among them."""
+        todo = [entry for entry in entries if isinstance(entry.given, _Given) and entry.given.vector is None]
+        if not todo:
+            return
+        encoder = self._engine.models[served.collection.space_id].encoder
+        refusal = encoder.mixing_refusal(served.collection.origins)
+        for entry in todo:
+            if refusal is not None:
+                entry.given = PreconditionError(refusal, reason="VARIANT_MISMATCH")
+                continue
+            used = contextlib.ExitStack()
+            used.enter_context(served.uses)
+            entry.work = asyncio.create_task(self._embed(entry, served))
+            entry.work.add_done_callback(functools.partial(self._embedded, used))
+
+    def _embedded(self, used: contextlib.ExitStack, _: object) -> None:
+        used.close()
+        self.stream.notice()
 
     async def collect(self) -> tuple[pb.StreamUpsertResponse, Load] | None:
         """Write the oldest items that are embedded by now."""
@@ -431,22 +480,23 @@ class _Upload:
             if self._entries[0].work is not None and not self._entries[0].work.done():
                 break
             done.append(self._entries.popleft())
-        if not done or self._collection is None:
+        served = self._served
+        if not done or served is None:
             return None
-        response = pb.StreamUpsertResponse(space_id=self._collection.space_id)
+        response = pb.StreamUpsertResponse(space_id=served.collection.space_id)
         for entry in done:
             result = response.results.add()
             if isinstance(entry.given, ServiceError):
                 result.error.CopyFrom(entry.given.status())
         good = [(i, entry, entry.given) for i, entry in enumerate(done) if isinstance(entry.given, _Given)]
         if good:
+            came = [entry.item.image.content or None for _, entry, _ in good]
             try:
-                sequences = await _stored(
-                    self._engine,
-                    self._collection,
-                    [given for *_, given in good],
-                    [entry.picture for _, entry, _ in good],
-                )
+                sequences = await _stored(self._engine, served, [given for *_, given in good], came)
+            except MovedError:  # its encoder was exchanged meanwhile: with the other one, in the same order
+                self._entries.extendleft(reversed(done))
+                self._begin_again(self._engine.store.served(served.collection.name))
+                return None
             except ServiceError as e:  # a full disk, a collection deleted meanwhile: of each of them
                 for i, *_ in good:
                     response.results[i].error.CopyFrom(e.status())
@@ -455,24 +505,38 @@ class _Upload:
                     response.results[i].sequence = sequence
         return response, Load(len(done), sum(entry.bytes for entry in done))
 
+    def _begin_again(self, served: Served) -> None:
+        """What is not written yet goes to the collection that the name stands for now."""
+        self._served = served
+        for entry in self._entries:
+            if entry.work is not None:
+                entry.work.cancel()
+                entry.work = None
+            if isinstance(entry.given, _Given):
+                entry.given = _given(entry.item, entry.place, served, self._origin(served))
+        self._start(self._entries, served)
+        self.stream.notice()
+
     def close(self) -> None:
         """Nobody waits any more."""
         for entry in self._entries:
             if entry.work is not None:
                 entry.work.cancel()
 
-    async def _embed(self, entry: _Entry, given: _Given, i: int, priority: Priority) -> None:
-        assert self._collection is not None and entry.picture is not None
-        thumbnail = self._collection.manifest.thumbnail_pixels or None
-        path = f"items[{i}].image.content"
+    async def _embed(self, entry: _Entry, served: Served) -> None:
+        given = entry.given
+        assert isinstance(given, _Given)
+        thumbnail = served.collection.manifest.thumbnail_pixels or None
+        content, path = entry.item.image.content, f"items[{entry.place}].image.content"
         try:
             (found,) = await self._engine.embed(
-                [entry.picture], [path], self._context, Clock(), priority, thumbnail, patient=True
-            )
+                self._engine.models[served.collection.space_id], [content], [path], self._context, Clock(), entry.priority,
+                thumbnail, patient=True,
+            )  # fmt: skip
         except Exception as e:  # of this item alone
             found = as_refusal("StreamUpsert", e)
         if isinstance(found, ServiceError):
-            entry.given, entry.picture = found, None
+            entry.given = found
         else:
             entry.given = given._replace(row=given.row._replace(thumbnail=found.thumbnail), vector=found.vector)
 

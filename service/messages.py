@@ -123,6 +123,53 @@ class EncoderInfo(NamedTuple):
     provider: str
 
 
+class StandbyInfo(NamedTuple):
+    """A release beside the one that is served."""
+
+    release: str
+    """Its name; '' for the server's own bundle."""
+    state: str
+    """loading, catching_up, ready, failed, or previous: what was served before."""
+    space_id: str
+    item_count: int
+    lag: int
+    """Writes of the served collection that it does not hold yet."""
+    left_out: dict[str, int]
+    """Items that it cannot hold, by reason."""
+    accepted: bool | None
+    """Whether it passed its acceptance queries; None before they were asked."""
+    problems: list[str]
+    """What it did not pass."""
+    overlap_at_10: float | None
+    """Mean share of neighbours in common with the served collection."""
+    was_live: bool
+    """Whether it was served before."""
+    error: CallError | None = None
+    """Why it failed."""
+
+
+class ReleaseInfo(NamedTuple):
+    """What a collection is served from, and what stands beside it."""
+
+    collection: str
+    live: str
+    """The release; '' for the server's own bundle."""
+    live_space_id: str
+    standby: StandbyInfo | None = None
+    writes_held: float = 0.0
+    """Seconds that an exchange held writes back."""
+
+
+class Expected(NamedTuple):
+    """An acceptance query of a release: `key` has to be among the `top_k` neighbours of a picture or of a stored item."""
+
+    key: str
+    image: bytes | None = None
+    of: str | None = None
+    """The stored item's key."""
+    top_k: int = 10
+
+
 class SearchOptions(TypedDict, total=False):
     """What to look for, and how: see `Client.search`."""
 
@@ -193,23 +240,33 @@ def ready() -> Calls[bool]:
     return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def encoder() -> Calls[EncoderInfo]:
+def encoder(space_id: str) -> Calls[EncoderInfo]:
     """EncoderService.GetEncoder."""
-    response = yield Call(f"{_ENCODER}/GetEncoder", pb.GetEncoderRequest(), pb.GetEncoderResponse)
-    e = response.encoder
-    return EncoderInfo(e.space_id, e.dimensions, e.image_size, e.model, e.provider)
+    request = pb.GetEncoderRequest(space_id=space_id)
+    response = yield Call(f"{_ENCODER}/GetEncoder", request, pb.GetEncoderResponse)
+    return _encoder(response.encoder)
 
 
-def embed(images: Sequence[bytes]) -> Calls[list[Embeddings | CallError]]:
+def encoders() -> Calls[list[EncoderInfo]]:
+    """EncoderService.ListEncoders."""
+    response = yield Call(f"{_ENCODER}/ListEncoders", pb.ListEncodersRequest(), pb.ListEncodersResponse)
+    return [_encoder(e) for e in response.encoders]
+
+
+def embed(images: Sequence[bytes], space_id: str, collection: str) -> Calls[list[Embeddings | CallError]]:
     """EncoderService.Embed."""
-    request = pb.EmbedRequest(images=[pb.Image(content=image) for image in images])
+    pictures = [pb.Image(content=image) for image in images]
+    request = pb.EmbedRequest(images=pictures, space_id=space_id, collection=collection)
     response = yield Call(f"{_ENCODER}/Embed", request, pb.EmbedResponse)
     return [_embedding(result) for result in response.results]
 
 
-def embed_some(images: Sequence[bytes]) -> Calls[list[Embeddings | CallError]]:
+def embed_some(images: Sequence[bytes], space_id: str, collection: str) -> Calls[list[Embeddings | CallError]]:
     """EncoderService.StreamEmbed, in the order of the pictures."""
-    requests = [pb.StreamEmbedRequest(id=i, image=pb.Image(content=image)) for i, image in enumerate(images)]
+    requests = [
+        pb.StreamEmbedRequest(id=i, image=pb.Image(content=image), space_id=space_id, collection=collection)
+        for i, image in enumerate(images)
+    ]
     responses = yield Call(f"{_ENCODER}/StreamEmbed", requests, pb.StreamEmbedResponse)
     return [_embedding(each) for each in sorted(responses, key=lambda response: response.id)]
 
@@ -286,11 +343,11 @@ def page_of(
     return [_item(item) for item in response.items], response.next_page_token
 
 
-def create_collection(name: str, keep_originals: bool, thumbnail_pixels: int) -> Calls[CollectionInfo]:
+def create_collection(name: str, keep_originals: bool, thumbnail_pixels: int, space_id: str) -> Calls[CollectionInfo]:
     """CollectionService.CreateCollection."""
     with _as_call_error():
         request = pb.CreateCollectionRequest(
-            name=name, keep_originals=keep_originals, thumbnail_pixels=thumbnail_pixels
+            name=name, keep_originals=keep_originals, thumbnail_pixels=thumbnail_pixels, space_id=space_id
         )
     path = f"{_COLLECTIONS}/CreateCollection"
     response = yield Call(path, request, pb.CreateCollectionResponse, repeatable=False)
@@ -337,6 +394,46 @@ def snapshot_collection(name: str, snapshot: str) -> Calls[int]:
     return int(response.sequence)
 
 
+def prepare_release(
+    collection: str, release: str, acceptance: Sequence[Expected], min_overlap: float
+) -> Calls[ReleaseInfo]:
+    """ReleaseService.PrepareRelease."""
+    request = pb.PrepareReleaseRequest(collection=collection, release=release, min_overlap=min_overlap)
+    for each in acceptance:
+        query = pb.Query(key=each.of or "") if each.image is None else pb.Query(image=pb.Image(content=each.image))
+        request.acceptance.add(query=query, expected_key=each.key, top_k=each.top_k)
+    response = yield Call(f"{_RELEASES}/PrepareRelease", request, pb.PrepareReleaseResponse)
+    return _release(response)
+
+
+def release(collection: str) -> Calls[ReleaseInfo]:
+    """ReleaseService.GetRelease."""
+    request = pb.GetReleaseRequest(collection=collection)
+    response = yield Call(f"{_RELEASES}/GetRelease", request, pb.GetReleaseResponse)
+    return _release(response)
+
+
+def switch_release(collection: str, name: str, leave_out: bool) -> Calls[ReleaseInfo]:
+    """ReleaseService.SwitchRelease."""
+    request = pb.SwitchReleaseRequest(collection=collection, release=name, leave_out=leave_out)
+    response = yield Call(f"{_RELEASES}/SwitchRelease", request, pb.SwitchReleaseResponse, repeatable=False)
+    return _release(response)
+
+
+def roll_back_release(collection: str, leave_out: bool) -> Calls[ReleaseInfo]:
+    """ReleaseService.RollBackRelease."""
+    request = pb.RollBackReleaseRequest(collection=collection, leave_out=leave_out)
+    response = yield Call(f"{_RELEASES}/RollBackRelease", request, pb.RollBackReleaseResponse, repeatable=False)
+    return _release(response)
+
+
+def finish_release(collection: str) -> Calls[ReleaseInfo]:
+    """ReleaseService.FinishRelease."""
+    request = pb.FinishReleaseRequest(collection=collection)
+    response = yield Call(f"{_RELEASES}/FinishRelease", request, pb.FinishReleaseResponse)
+    return _release(response)
+
+
 def refused(server: str, error: Any) -> CallError:
     """What a `grpc.RpcError` says."""
     code = error.code()
@@ -349,9 +446,30 @@ def refused(server: str, error: Any) -> CallError:
     return CallError(message, code.name)
 
 
-_ENCODER, _SEARCH, _COLLECTIONS = (
-    f"/likewise.v1.{name}" for name in ("EncoderService", "SearchService", "CollectionService")
+_ENCODER, _SEARCH, _COLLECTIONS, _RELEASES = (
+    f"/likewise.v1.{name}" for name in ("EncoderService", "SearchService", "CollectionService", "ReleaseService")
 )
+
+
+def _encoder(e: pb.Encoder) -> EncoderInfo:
+    return EncoderInfo(e.space_id, e.dimensions, e.image_size, e.model, e.provider)
+
+
+def _release(response: Any) -> ReleaseInfo:
+    found, held = response.release, getattr(response, "writes_held", None)
+    standby = None
+    if found.HasField("standby"):
+        s = found.standby
+        asked = s.acceptance if s.HasField("acceptance") else None
+        standby = StandbyInfo(
+            s.release, pb.ReleaseState.Name(s.state).removeprefix("RELEASE_STATE_").lower(), s.space_id, s.item_count, s.lag,
+            {each.reason: each.count for each in s.left_out}, None if asked is None else asked.passed,
+            [] if asked is None else list(asked.problems),
+            asked.overlap_at_10 if asked is not None and asked.HasField("overlap_at_10") else None,
+            s.was_live, _error(s.error) if s.HasField("error") else None,
+        )  # fmt: skip
+    seconds = 0.0 if held is None else held.ToTimedelta().total_seconds()
+    return ReleaseInfo(found.collection, found.live, found.live_space_id, standby, seconds)
 
 
 def _embedding(result: pb.EmbedResult | pb.StreamEmbedResponse) -> Embeddings | CallError:

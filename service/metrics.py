@@ -6,8 +6,9 @@ import ctypes
 import functools
 import resource
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
@@ -90,9 +91,10 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, store: Store) -> None:
-        """Export what is read at each scrape: sizes of collections, the process, the GPU."""
+    def watch(self, store: Store, releases: Callable[[], Iterable[ReleaseSaid]]) -> None:
+        """Export what is read at each scrape: sizes of collections, releases, the process, the GPU."""
         self.registry.register(_Sizes(store, self.drift))
+        self.registry.register(_Releases(releases))
         self.registry.register(_Faults())
         self.registry.register(_GpuMemory())
         ProcessCollector(registry=self.registry)
@@ -117,7 +119,7 @@ class Drift:
             buckets=_SCORES, registry=registry,
         )  # fmt: skip
         self._lock = threading.Lock()
-        self._means: dict[str, tuple[Embeddings, float]] = {}  # by collection: mean of queries, and their number
+        self._means: dict[str, tuple[str, Embeddings, float]] = {}  # by name: uid, mean of queries, and their number
         self._baselines: dict[str, tuple[str, int, Embeddings]] = {}  # uid, items, mean
 
     def searched(self, collection: Readable, queries: Embeddings, best: Sequence[float]) -> None:
@@ -126,16 +128,18 @@ class Drift:
         for score in best:
             scores.observe(score)
         with self._lock:
-            mean, seen = self._means.get(collection.name, (np.zeros(queries.shape[1], np.float32), 0.0))
+            uid, mean, seen = self._means.get(collection.name, ("", queries[0], 0.0))
+            if uid != collection.uid:  # the first of its queries, or of another encoder since the last
+                mean, seen = np.zeros(queries.shape[1], np.float32), 0.0
             share = len(queries) / min(seen + len(queries), _RECENT)
             mean = mean + min(1.0, share) * (queries.mean(0) - mean)
-            self._means[collection.name] = (mean, seen + len(queries))
+            self._means[collection.name] = (collection.uid, mean, seen + len(queries))
 
     def shift(self, collection: Readable) -> float | None:
         """Euclidean distance of the means; None while too little is known."""
         with self._lock:
-            mean, seen = self._means.get(collection.name, (None, 0.0))
-        if mean is None or seen < _RECENT / 10 or not len(collection):
+            uid, mean, seen = self._means.get(collection.name, ("", None, 0.0))
+        if mean is None or uid != collection.uid or seen < _RECENT / 10 or not len(collection):
             return None
         return float(np.linalg.norm(mean - self._baseline(collection)))
 
@@ -203,6 +207,41 @@ class _Sizes(Collector):
                 shift.add_metric(name, moved)
         self._drift.forget({c.name for c in collections})
         return [items, fresh, vectors, size, wal, shift]
+
+
+class ReleaseSaid(NamedTuple):
+    """A release of a collection, as it stands."""
+
+    collection: str
+    release: str
+    """Its name; '' for the server's own bundle."""
+    space_id: str
+    state: str
+    """live, or the state of what stands beside that, such as catching_up."""
+    lag: int
+    """Writes of the live one that it does not hold."""
+
+
+class _Releases(Collector):
+    def __init__(self, said: Callable[[], Iterable[ReleaseSaid]]) -> None:
+        self._said = said
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ["collection", "release"]
+        info = GaugeMetricFamily(
+            "likewise_release_info", "Constant 1; what a collection is served from, and what stands beside that.",
+            labels=[*labels, "space_id", "state"],
+        )  # fmt: skip
+        lag = GaugeMetricFamily(
+            "likewise_release_lag_writes",
+            "Writes that a release beside the live one does not hold yet.",
+            labels=labels,
+        )
+        for each in self._said():
+            info.add_metric([each.collection, each.release, each.space_id, each.state], 1)
+            if each.state != "live":
+                lag.add_metric([each.collection, each.release], each.lag)
+        return [info, lag]
 
 
 class _Faults(Collector):

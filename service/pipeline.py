@@ -165,7 +165,7 @@ class Admission:
         self.charge(client, count)
         self._held[client] = mine + count
         self._inside += count
-        self._metrics.queue_depth.set(self._inside)
+        self._metrics.queue_depth.inc(count)
         return None
 
     def leave(self, client: str, count: int) -> None:
@@ -176,7 +176,7 @@ class Admission:
         self._held[client] -= count
         if not self._held[client]:
             del self._held[client]
-        self._metrics.queue_depth.set(self._inside)
+        self._metrics.queue_depth.dec(count)
         self._finished += count
         passed = time.monotonic() - self._since
         if passed > 1:

@@ -166,7 +166,7 @@ def survey(
             found.again += [each for each in page if each.sequence <= followed]
         for each in page:
             source = source_of(each, old.originals, trusted)
-            if isinstance(source, SourcePicture) and _changed(each.row, source):
+            if isinstance(source, SourcePicture) and has_changed(each.row, source):
                 source = "files_changed"
             if isinstance(source, str):
                 found.without[source] += 1
@@ -179,7 +179,7 @@ def survey(
     return found
 
 
-def _changed(row: NewRow, picture: SourcePicture) -> bool:
+def has_changed(row: NewRow, picture: SourcePicture) -> bool:
     """Whether a local file has other bytes than when it was embedded; where its time is the same it has not."""
     if row.file_sha256 is None or isinstance(picture.where, str) or picture.offset is not None:
         return False
@@ -229,9 +229,9 @@ class Reembedding:
         """Writes of the old collection that the new one does not hold yet."""
         return self.old.latest() - self.new.followed
 
-    def step(self) -> bool:
-        """Replay the next writes, at most `ROUND`; whether these were all up to now."""
-        writes = self.old.writes(self.new.followed, ROUND)
+    def step(self, count: int = ROUND) -> bool:
+        """Replay about `count` of the next writes; whether these were all up to now."""
+        writes = self.old.writes(self.new.followed, count)
         self._forget(writes.gone)
         self.put(writes.live, follow=True)
         self.new.follow(writes.upto)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
 import math
@@ -22,6 +23,7 @@ from service.filter import Filter, payload_path
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.pipeline import Priority
+from service.served import Served
 from service.servicer import (
     Clock,
     Context,
@@ -67,24 +69,27 @@ class SearchService(pb_grpc.SearchServiceServicer):
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:  # noqa: N802
         """See the proto."""
         clock = Clock()
-        collection = self._engine.store.get(request.collection)
-        ask = _ask(request)
-        if _is_plain(request, ask):
-            query, keys = vector_of(request.query.vector, collection, "query.vector"), _NONE
-        else:
-            priority = priority_of(request.priority, Priority.INTERACTIVE)
-            query, keys = await self._query(request, collection, context, clock, priority)
-        start = time.monotonic()
-        response = await self._answered(request, collection, ask, query, keys, context)
+        with self._engine.using(request.collection) as served:
+            ask = _ask(request)
+            if _is_plain(request, ask):
+                query, keys = vector_of(request.query.vector, served, "query.vector"), _NONE
+            else:
+                priority = priority_of(request.priority, Priority.INTERACTIVE)
+                query, keys = await self._query(request, served, context, clock, priority)
+            start = time.monotonic()
+            response = await self._answered(request, served.collection, ask, query, keys, context)
         clock.search = time.monotonic() - start
         clock.write(response.timings)
         return response
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:  # noqa: N802
         """See the proto."""
+        with self._engine.using(request.collection) as served:
+            return await self._batch(request, served, context)
+
+    async def _batch(self, request: pb.BatchSearchRequest, served: Served, context: Context) -> pb.BatchSearchResponse:
         clock = Clock()
-        engine = self._engine
-        collection = engine.store.get(request.collection)
+        engine, collection = self._engine, served.collection
         check_count(len(request.requests), MAX_REQUESTS, "requests")
         response = pb.BatchSearchResponse(space_id=collection.space_id)
         batch = _Batch(collection, [response.results.add() for _ in request.requests])
@@ -99,14 +104,14 @@ class SearchService(pb_grpc.SearchServiceServicer):
                 each.collection = collection.name  # so that a page token goes on in Search
                 ask = _ask(each)
                 if _is_plain(each, ask):
-                    vector = vector_of(each.query.vector, collection, "query.vector")
+                    vector = vector_of(each.query.vector, served, "query.vector")
                     batch.plain.append(_Plain(i, each, ask, vector))
                     continue
             except ServiceError as e:
                 batch.results[i].error.CopyFrom(e.status())
                 continue
             priority = priority_of(each.priority, priority_of(request.priority, Priority.BULK))
-            others.append(asyncio.create_task(self._one_of(batch, i, each, ask, context, clock, priority)))
+            others.append(asyncio.create_task(self._one_of(batch, served, i, each, ask, context, clock, priority)))
         start = time.monotonic()
         try:
             if batch.plain:
@@ -123,6 +128,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
     async def _one_of(
         self,
         batch: _Batch,
+        served: Served,
         i: int,
         request: pb.SearchRequest,
         ask: _Ask,
@@ -132,7 +138,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
     ) -> None:
         """A request of a batch that needs more than the index."""
         try:
-            query, keys = await self._query(request, batch.collection, context, clock, priority, patient=True)
+            query, keys = await self._query(request, served, context, clock, priority, patient=True)
             response = await self._answered(request, batch.collection, ask, query, keys, context, patient=True)
             batch.results[i].response.CopyFrom(response)
         except Exception as e:  # of this one alone
@@ -148,19 +154,21 @@ class SearchService(pb_grpc.SearchServiceServicer):
             request, number = message.request, message.id
             load = Load(1, message.ByteSize())
             try:
-                collection = engine.store.get(request.collection)
-                ask = _ask(request)
-                if _is_plain(request, ask):
-                    query = vector_of(request.query.vector, collection, "request.query.vector")
-                    answer = functools.partial(_stream_page, collection, ask, request, number)
-                    answers.work(
-                        number, await self._submitted(request, collection, ask, query, _NONE, context, answer), load
-                    )
-                    return load
+                with contextlib.ExitStack() as used:
+                    served = used.enter_context(engine.using(request.collection))
+                    collection, ask = served.collection, _ask(request)
+                    if _is_plain(request, ask):
+                        query = vector_of(request.query.vector, served, "request.query.vector")
+                        answer = functools.partial(_stream_page, collection, ask, request, number)
+                        work = await self._submitted(request, collection, ask, query, _NONE, context, answer)
+                    else:
+                        work = asyncio.create_task(self._streamed(message, served, ask, context))
+                    answered = used.pop_all()
             except ServiceError as e:
                 answers.put(_failed(number, e), load)
                 return load
-            answers.work(number, asyncio.create_task(self._streamed(message, collection, ask, context)), load)
+            work.add_done_callback(lambda _: answered.close())
+            answers.work(number, work, load)
             return load
 
         with engine.streaming(stream):
@@ -170,14 +178,14 @@ class SearchService(pb_grpc.SearchServiceServicer):
                 answers.close()
 
     async def _streamed(
-        self, message: pb.StreamSearchRequest, collection: Collection, ask: _Ask, context: Context
+        self, message: pb.StreamSearchRequest, served: Served, ask: _Ask, context: Context
     ) -> pb.StreamSearchResponse:
         """The response to a request of a stream that needs more than the index."""
         request, clock = message.request, Clock()
         priority = priority_of(request.priority, Priority.BULK)
-        query, keys = await self._query(request, collection, context, clock, priority, patient=True)
+        query, keys = await self._query(request, served, context, clock, priority, patient=True)
         start = time.monotonic()
-        response = await self._answered(request, collection, ask, query, keys, context, patient=True)
+        response = await self._answered(request, served.collection, ask, query, keys, context, patient=True)
         clock.search = time.monotonic() - start
         clock.write(response.timings)
         return pb.StreamSearchResponse(id=message.id, response=response)
@@ -215,7 +223,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
                 await asyncio.sleep(e.retry_seconds or 0)
 
     async def _query(
-        self, request: pb.SearchRequest, collection: Collection, context: Context, clock: Clock, priority: Priority,
+        self, request: pb.SearchRequest, served: Served, context: Context, clock: Clock, priority: Priority,
         patient: bool = False,
     ) -> tuple[Embeddings, frozenset[str]]:  # fmt: skip
         """The vector [D] to look for, and the keys that are not to be found."""
@@ -230,7 +238,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
                 )
             weights = [each.weight if each.HasField("weight") else 1.0 for each in examples]
             path = "query.examples.examples[{}]"
-            vectors, keys = await self._vectors(examples, path, collection, context, clock, priority, patient)
+            vectors, keys = await self._vectors(examples, path, served, context, clock, priority, patient)
             scale = max(map(abs, weights))
             mixed = np.asarray(weights, np.float64) / scale @ vectors if 0 < scale < math.inf else vectors[0] * math.nan
             if not np.linalg.norm(mixed) > 1e-6:
@@ -239,14 +247,14 @@ class SearchService(pb_grpc.SearchServiceServicer):
                     "query.examples",
                 )  # fmt: skip
             return (mixed / np.linalg.norm(mixed)).astype(np.float32), keys
-        vectors, keys = await self._vectors([query], "query", collection, context, clock, priority, patient)
+        vectors, keys = await self._vectors([query], "query", served, context, clock, priority, patient)
         return vectors[0], keys
 
     async def _vectors(
         self,
         given: Sequence[pb.Query | pb.Example],
         path: str,
-        collection: Collection,
+        served: Served,
         context: Context,
         clock: Clock,
         priority: Priority,
@@ -258,7 +266,8 @@ class SearchService(pb_grpc.SearchServiceServicer):
         if pictures:
             contents = [given[i].image.content for i in pictures]
             fields = [f"{path.format(i)}.image.content" for i in pictures]
-            embedded = await self._engine.embed(contents, fields, context, clock, priority, patient=patient)
+            model = self._engine.models[served.collection.space_id]
+            embedded = await self._engine.embed(model, contents, fields, context, clock, priority, patient=patient)
             for i, found in zip(pictures, embedded, strict=True):
                 if isinstance(found, ServiceError):
                     raise found
@@ -267,9 +276,9 @@ class SearchService(pb_grpc.SearchServiceServicer):
         for i, each in enumerate(given):
             kind = each.WhichOneof("kind")
             if kind == "vector":
-                rows[i] = vector_of(each.vector, collection, f"{path.format(i)}.vector")
+                rows[i] = vector_of(each.vector, served, f"{path.format(i)}.vector")
             elif kind == "key":
-                rows[i] = (await self._engine.read(collection.get, each.key)).vector
+                rows[i] = (await self._engine.read(served.collection.get, each.key)).vector
                 keys.add(each.key)
             elif kind is None:
                 raise InvalidArgumentError(

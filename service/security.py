@@ -67,7 +67,9 @@ class Role(StrEnum):
 
 # What each method needs; one that is not here needs admin.
 ROLES = {
-    **dict.fromkeys(("Embed", "StreamEmbed", "GetEncoder", "Search", "BatchSearch", "StreamSearch"), Role.READ),
+    **dict.fromkeys(
+        ("Embed", "StreamEmbed", "GetEncoder", "ListEncoders", "Search", "BatchSearch", "StreamSearch"), Role.READ
+    ),
     **dict.fromkeys(("GetCollection", "ListCollections", "GetItem", "ListItems", "FindDuplicates"), Role.READ),
     **dict.fromkeys(("UpsertItems", "StreamUpsert", "DeleteItems"), Role.WRITE),
 }

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
+from pathlib import Path
 
 import grpc
-import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from export.bundle import Bundle, RefusalError
-from export.preprocess import Pixels
-from export.runtime import canary_pixels
+from export.bundle import Bundle, Embeddings, RefusalError
 from service import logs
 from service.config import Serve
-from service.decoding import ProcessDecoder, ThreadDecoder
-from service.encoder import Encoder
-from service.errors import InternalError
+from service.errors import InternalError, NotFoundError
 from service.gpu_index import keep_to_cpu
 from service.interceptor import CallInterceptor
 from service.items import CollectionService
 from service.logs import LOG
 from service.metrics import Metrics
+from service.model import Model
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
-from service.pipeline import Pipeline
+from service.release_service import ReleaseService
+from service.releases import Releases
 from service.search import SearchService
 from service.searching import Searcher
 from service.security import Guard, server_credentials
 from service.servicer import EncoderService, Engine, ErrorInterceptor
-from service.store import Store
+from service.store import Store, read_pointers
 from service.tracing import Tracing, tracing
 
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
@@ -106,6 +105,18 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _bundles(asked: Serve) -> list[Path]:
+    """The server's own, the others, and those of the releases that collections are served from. Raises `RefusalError`."""
+    live = {pointer.live for pointer in read_pointers(asked.collections).values() if pointer.live}
+    if live and asked.releases is None:
+        raise RefusalError(
+            f"collections of {asked.collections} are served from the releases {', '.join(sorted(live))}: give the folder of "
+            "releases with --releases"
+        )
+    folder = asked.releases or Path()
+    return [asked.bundle, *asked.other_bundles, *(folder / name / "bundle" for name in sorted(live))]
+
+
 class Server:
     """A server in this process's event loop; tests and `serve` use it alike.
 
@@ -125,28 +136,25 @@ class Server:
         self._traces = traces or tracing(asked)
         if asked.device == "cpu":
             keep_to_cpu()
-        bundle = Bundle.open(asked.bundle)
-        encoder = Encoder(bundle, asked, say)
-        store = Store(asked.collections, bundle.space_id, bundle.dim)
-        metrics.watch(store)
+        charge = None if self._guard is None else self._guard.charge_pictures
+
+        def model_of(bundle: Bundle, say: Callable[[str], None] = lambda _: None) -> Model:
+            return Model(bundle, asked, metrics, charge, say)
+
+        models: dict[str, Model] = {}
+        for folder in _bundles(asked):
+            bundle = Bundle.open(folder)
+            if bundle.space_id not in models:
+                models[bundle.space_id] = model_of(bundle, say)
+        store = Store(asked.collections, models, asked.releases)
+        own = next(iter(models.values())).encoder
         metrics.build_info.labels(
-            version=metadata.version("likewise"), space_id=bundle.space_id, provider=encoder.runtime.provider
+            version=metadata.version("likewise"), space_id=own.space_id, provider=own.runtime.provider
         ).set(1)
-        self._decoder: ThreadDecoder | ProcessDecoder = ThreadDecoder(encoder)
-        if asked.decoders == "processes":
-            spec, workers = bundle.manifest.preprocess, self._decoder.workers
-            self._decoder = ProcessDecoder(spec, asked.limits, workers, asked.decode_seconds)
-        pipeline = Pipeline(
-            self._decoder.decode, self._decoder.workers, encoder.embed, asked.max_batch, asked.max_wait_ms / 1000,
-            asked.queue_limit, metrics,
-        )  # fmt: skip
-        if self._guard is not None:
-            pipeline.admission.charge = self._guard.charge_pictures
-        searcher = Searcher(encoder.runtime.threads, asked.search_limit, metrics)
-        self.engine = Engine(encoder, pipeline, searcher, store, metrics, asked.snapshots)
-        self._canary: Pixels = canary_pixels(bundle)[0]
-        self._expected = np.asarray(bundle.manifest.canary[0].embedding, np.float32)
-        self._floor = bundle.manifest.variants[encoder.runtime.variant].floor(encoder.runtime.provider)
+        searcher = Searcher(own.runtime.threads, asked.search_limit, metrics)
+        self.engine = Engine(models, searcher, store, metrics, asked.snapshots)
+        self._releases = Releases(self.engine, model_of, asked.releases)
+        metrics.watch(store, self._releases.said)
         self._health = health.aio.HealthServicer()
         self._checks: asyncio.Task[None] | None = None
         self.port = 0
@@ -185,7 +193,8 @@ class Server:
             except RefusalError:
                 self._close()
                 raise
-        self.engine.pipeline.start()
+        for model in self.engine.models.values():
+            model.pipeline.start()
         await self._health.set(LIVENESS, _SERVING)
         await self._set_ready(await self._check())
         for server in self._servers:
@@ -201,7 +210,8 @@ class Server:
         await asyncio.sleep(self._asked.drain_seconds)
         self.engine.drain()
         await asyncio.gather(*(server.stop(self._asked.grace_seconds) for server in self._servers))
-        await self.engine.pipeline.stop()
+        await self._releases.stop()
+        await asyncio.gather(*(model.pipeline.stop() for model in self.engine.models.values()))
         await asyncio.get_running_loop().run_in_executor(None, self._close)
 
     def _made(self, admin: bool) -> grpc.aio.Server:
@@ -223,7 +233,8 @@ class Server:
         )
         pb_grpc.add_EncoderServiceServicer_to_server(EncoderService(self.engine), server)
         pb_grpc.add_SearchServiceServicer_to_server(SearchService(self.engine), server)
-        pb_grpc.add_CollectionServiceServicer_to_server(CollectionService(self.engine), server)
+        pb_grpc.add_CollectionServiceServicer_to_server(CollectionService(self.engine, self._releases), server)
+        pb_grpc.add_ReleaseServiceServicer_to_server(ReleaseService(self.engine, self._releases), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if asked.reflection == "on" or (asked.reflection == "admin" and admin):
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -243,7 +254,7 @@ class Server:
             ) from None
 
     def _close(self) -> None:
-        self._decoder.close()
+        self._releases.close()
         self.engine.close()
         if self._traces is not None:
             self._traces.close()
@@ -254,20 +265,32 @@ class Server:
             await self._set_ready(await self._check())
 
     async def _check(self) -> bool:
-        """One canary picture through the encoder, and its vector through every collection, within the interval."""
+        """The canary picture through each encoder, and its vector through the collections of it, within the interval."""
         try:
             async with asyncio.timeout(self._asked.check_seconds):
-                vector = (await self.engine.pipeline.embed(self._canary)).vector
-                for collection in self.engine.store.all():
-                    expected = min(1, len(collection))
-                    (hits,) = await self.engine.read(collection.search, vector[None], 1)
-                    if (len(hits) < expected and len(collection) > 0) or any(not abs(h.score) <= 1 for h in hits):
-                        raise InternalError(f"the collection {collection.name!r} does not answer the canary query")
+                collections = self.engine.store.all()
+                asked = {self.engine.encoder.space_id, *(collection.space_id for collection in collections)}
+                vectors = {space: (await self.engine.models[space].check()).vector for space in asked}
+                for collection in collections:
+                    with contextlib.suppress(NotFoundError):  # deleted meanwhile
+                        await self._query(collection.name, vectors)
         except Exception as e:  # whatever it is, the answer is "not ready", and the next check comes
             said = "it took too long" if isinstance(e, TimeoutError) else f"{type(e).__name__}: {e}"
             LOG.warning("not ready, the canary failed: %s", said, extra={"event": "not_ready"})
             return False
-        return float(vector @ self._expected) >= self._floor
+        return True
+
+    async def _query(self, name: str, vectors: Mapping[str, Embeddings]) -> None:
+        """Raises `InternalError` where a collection does not answer the vector of its space, if there is one."""
+        with self.engine.using(name) as served:
+            collection = served.collection
+            vector = vectors.get(collection.space_id)
+            if vector is None:  # its encoder has come since: the next check asks it
+                return
+            expected = min(1, len(collection))
+            (hits,) = await self.engine.read(collection.search, vector[None], 1)
+            if (len(hits) < expected and len(collection) > 0) or any(not abs(h.score) <= 1 for h in hits):
+                raise InternalError(f"the collection {name!r} does not answer the canary query")
 
     async def _set_ready(self, ready: bool) -> None:
         for name in ("", *SERVICES):

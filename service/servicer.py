@@ -24,16 +24,18 @@ from export.preprocess import UnreadablePictureError
 from service.call import client_of
 from service.collection import Collection
 from service.encoder import Encoder
-from service.errors import InternalError, InvalidArgumentError, ServiceError, unreadable
+from service.errors import InternalError, InvalidArgumentError, MismatchError, ServiceError, unreadable
 from service.index import gently
 from service.logs import LOG
 from service.metrics import Metrics
+from service.model import Model
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.pipeline import Embedded, Pipeline, Priority
 from service.reading import check_space, unit_rows
 from service.searching import Searcher
 from service.segment import StoredRow
+from service.served import Served
 from service.store import Store
 from service.streams import Load, Stream, Unordered
 
@@ -57,24 +59,31 @@ class Clock:
 
     def write(self, timings: pb.Timings) -> None:
         """Into a response; what took no time is left out."""
-        _write_seconds(timings.total, time.monotonic() - self.started)
+        write_seconds(timings.total, time.monotonic() - self.started)
         for name in ("decode", "queue", "infer", "search"):
             seconds = getattr(self, name)
             if seconds:
-                _write_seconds(getattr(timings, name), seconds)
+                write_seconds(getattr(timings, name), seconds)
 
 
 class Engine:
-    """What the services share: the encoder behind its pipeline, the store, and the threads that search and write."""
+    """What the services share: the encoders behind their pipelines, the store, and the threads that search and write.
+
+    Attributes: `models`, by space; the first is the server's own.
+    """
 
     def __init__(
-        self, encoder: Encoder, pipeline: Pipeline, searcher: Searcher, store: Store, metrics: Metrics,
+        self,
+        models: dict[str, Model],
+        searcher: Searcher,
+        store: Store,
+        metrics: Metrics,
         snapshots: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`snapshots`: where clients may have them taken."""
-        self.encoder, self.pipeline, self.searcher = encoder, pipeline, searcher
+        self.models, self.searcher = models, searcher
         self.store, self.metrics = store, metrics
-        self._readers = ThreadPoolExecutor(encoder.runtime.threads, thread_name_prefix="read")
+        self._readers = ThreadPoolExecutor(self.encoder.runtime.threads, thread_name_prefix="read")
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="write")
         self._chores = ThreadPoolExecutor(1, thread_name_prefix="chore")
         self.snapshots = snapshots
@@ -84,8 +93,43 @@ class Engine:
         self._streams: set[Stream[Any, Any]] = set()
         self._draining = False
 
+    @property
+    def encoder(self) -> Encoder:
+        """The server's own."""
+        return next(iter(self.models.values())).encoder
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """That of the server's own encoder."""
+        return next(iter(self.models.values())).pipeline
+
+    def model(self, space_id: str, collection: str = "") -> Model:
+        """That of a space, or else of a collection, or else the server's own. Raises `MismatchError` where they are of two
+        spaces, or none is of that space."""
+        expected = self.store.get(collection).space_id if collection else space_id or next(iter(self.models))
+        found = self.models.get(expected)
+        if found is None or (space_id and space_id != expected):
+            known = (
+                f"the collection {collection!r} is of {expected}"
+                if collection
+                else f"known are {', '.join(self.models)}"
+            )
+            raise MismatchError(
+                f"{space_id or expected} is asked for, {known}: name a space of ListEncoders", space_id or expected,
+                expected if collection else next(iter(self.models)),
+            )  # fmt: skip
+        return found
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[Served]:
+        """What a name stands for; it stays open while it is used so. Raises `NotFoundError`."""
+        served = self.store.served(name)
+        with served.uses:
+            yield served
+
     async def embed(
         self,
+        model: Model,
         contents: list[bytes],
         fields: list[str],
         context: Context,
@@ -96,15 +140,17 @@ class Engine:
     ) -> list[Embedded | ServiceError]:
         """What became of encoded pictures. Raises `QueueFullError` for all of them, or waits where it is `patient`."""
         client, deadline = client_of(context), deadline_of(context)
-        if patient:
-            await self.pipeline.admission.enter_patiently(client, len(contents))
-        else:
-            self.pipeline.admission.enter(client, len(contents))
-        try:
-            todo = [self.pipeline.submit(c, client, priority, deadline, thumbnail) for c in contents]
-            outcomes = await asyncio.gather(*todo, return_exceptions=True)
-        finally:
-            self.pipeline.admission.leave(client, len(contents))
+        admission = model.pipeline.admission
+        with model.uses:
+            if patient:
+                await admission.enter_patiently(client, len(contents))
+            else:
+                admission.enter(client, len(contents))
+            try:
+                todo = [model.pipeline.submit(c, client, priority, deadline, thumbnail) for c in contents]
+                outcomes = await asyncio.gather(*todo, return_exceptions=True)
+            finally:
+                admission.leave(client, len(contents))
         return [self._outcome(each, path, clock) for each, path in zip(outcomes, fields, strict=True)]
 
     def _outcome(self, found: Embedded | BaseException, path: str, clock: Clock) -> Embedded | ServiceError:
@@ -128,6 +174,17 @@ class Engine:
     async def write(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking call of the store in a thread; a write that has begun is finished even if its caller leaves."""
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writers, call, *arguments))
+
+    async def write_to(self, served: Served, call: Callable[..., T], *arguments: Any) -> T:
+        """`write` to a collection that a name stands for. Raises `MovedError` where it no longer does: nothing was done."""
+        await served.writable()
+        with contextlib.ExitStack() as inside:
+            inside.enter_context(served.uses)
+            inside.enter_context(served.writes)
+            work = asyncio.get_running_loop().run_in_executor(self._writers, call, *arguments)
+            left = inside.pop_all()
+        work.add_done_callback(lambda _: left.close())  # not before, even if the caller leaves
+        return await asyncio.shield(work)
 
     async def chore(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run a call that takes long, gently, after those before it; it is finished even if its caller leaves."""
@@ -187,7 +244,8 @@ class Engine:
         self._readers.shutdown(wait=True)
         self.searcher.close()
         self.store.close()
-        self.encoder.close()
+        for model in self.models.values():
+            model.close()
 
 
 class EncoderService(pb_grpc.EncoderServiceServicer):
@@ -200,9 +258,10 @@ class EncoderService(pb_grpc.EncoderServiceServicer):
         """See the proto."""
         clock = Clock()
         check_count(len(request.images), MAX_ITEMS, "images")
+        model = self._engine.model(request.space_id, request.collection)
         fields = [f"images[{i}].content" for i in range(len(request.images))]
         found = await self._engine.embed(
-            [image.content for image in request.images], fields, context, clock,
+            model, [image.content for image in request.images], fields, context, clock,
             priority_of(request.priority, Priority.INTERACTIVE),
         )  # fmt: skip
         results = [
@@ -211,7 +270,7 @@ class EncoderService(pb_grpc.EncoderServiceServicer):
             else pb.EmbedResult(embedding=pb.Vector(values=each.vector.tolist()))
             for each in found
         ]
-        response = pb.EmbedResponse(results=results, space_id=self._engine.encoder.space_id)
+        response = pb.EmbedResponse(results=results, space_id=model.space_id)
         clock.write(response.timings)
         return response
 
@@ -233,13 +292,14 @@ class EncoderService(pb_grpc.EncoderServiceServicer):
                 answers.close()
 
     async def _embedded(self, request: pb.StreamEmbedRequest, context: Context) -> pb.StreamEmbedResponse:
+        model = self._engine.model(request.space_id, request.collection)
         (found,) = await self._engine.embed(
-            [request.image.content], ["image.content"], context, Clock(), priority_of(request.priority, Priority.BULK),
-            patient=True,
+            model, [request.image.content], ["image.content"], context, Clock(),
+            priority_of(request.priority, Priority.BULK), patient=True,
         )  # fmt: skip
         if isinstance(found, ServiceError):
             return self._failed(request.id, found)
-        response = pb.StreamEmbedResponse(id=request.id, space_id=self._engine.encoder.space_id)
+        response = pb.StreamEmbedResponse(id=request.id, space_id=model.space_id)
         response.embedding.values.extend(found.vector.tolist())
         return response
 
@@ -248,15 +308,20 @@ class EncoderService(pb_grpc.EncoderServiceServicer):
 
     async def GetEncoder(self, request: pb.GetEncoderRequest, context: Context) -> pb.GetEncoderResponse:  # noqa: N802
         """See the proto."""
-        encoder = self._engine.encoder
-        spec = encoder.bundle.manifest.encoder
-        return pb.GetEncoderResponse(
-            encoder=pb.Encoder(
-                space_id=encoder.space_id, dimensions=encoder.dim, image_size=spec.image_size, model=spec.model,
-                provider=encoder.runtime.provider, max_image_bytes=encoder.limits.max_bytes,
-                max_image_pixels=encoder.limits.max_pixels,
-            )
-        )  # fmt: skip
+        return pb.GetEncoderResponse(encoder=_encoder(self._engine.model(request.space_id).encoder))
+
+    async def ListEncoders(self, request: pb.ListEncodersRequest, context: Context) -> pb.ListEncodersResponse:  # noqa: N802
+        """See the proto."""
+        return pb.ListEncodersResponse(encoders=[_encoder(model.encoder) for model in self._engine.models.values()])
+
+
+def _encoder(encoder: Encoder) -> pb.Encoder:
+    spec = encoder.bundle.manifest.encoder
+    return pb.Encoder(
+        space_id=encoder.space_id, dimensions=encoder.dim, image_size=spec.image_size, model=spec.model,
+        provider=encoder.runtime.provider, max_image_bytes=encoder.limits.max_bytes,
+        max_image_pixels=encoder.limits.max_pixels,
+    )  # fmt: skip
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -345,9 +410,11 @@ def _code_name(error: ServiceError) -> str:
     return _code(error).name
 
 
-def vector_of(vector: pb.Vector, collection: Collection, path: str) -> Embeddings:
+def vector_of(vector: pb.Vector, served: Served, path: str) -> Embeddings:
     """[D], of length 1. Raises `ServiceError` on another space or length."""
+    collection = served.collection
     check_space(vector.space_id, collection.space_id)
+    served.check_space(vector.space_id, path)
     row: Embeddings = np.array(vector.values, np.float32)
     if len(row) == collection.dim and abs(float(row @ row) - 1) < 1e-5:
         return row  # as most are; `unit_rows` takes ten times as long
@@ -393,7 +460,8 @@ def check_count(found: int, limit: int, path: str) -> None:
         )
 
 
-def _write_seconds(duration: Duration, seconds: float) -> None:
+def write_seconds(duration: Duration, seconds: float) -> None:
+    """A time into a message."""
     whole = int(seconds)
     duration.nanos = int((seconds - whole) * 1e9)
     if whole:

@@ -6,31 +6,68 @@ import re
 import shutil
 import threading
 import uuid
+from collections.abc import Collection as Known
 from pathlib import Path
 
-from export.bundle import RefusalError, make_folder, sync_folder
+from pydantic import Field
+
+from export.bundle import Contract, RefusalError, Sealed, make_folder, read_contract, sync_folder, write_file
 from service.collection import Collection
 from service.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PreconditionError
+from service.served import Served
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 THUMBNAIL_PIXELS = range(32, 1025)
 NAME_RULE = "1 to 63 of a-z, 0-9, '-' and '_' are allowed, starting with a letter or digit"
+POINTERS = "releases.json"
+POINTERS_FORMAT = 1
+
+
+class Pointer(Contract):
+    """Which release a collection is served from."""
+
+    live: str
+    """Its name; '' is what lies in the folder of collections."""
+    previous: str | None = None
+    """What was served before, and can be again; None where that was given up."""
+
+
+class Pointers(Sealed):
+    """releases.json, beside the collections: those that are, or were, served from a release."""
+
+    format_version: int = POINTERS_FORMAT
+    """Format of the file."""
+    collections: dict[str, Pointer] = Field(default_factory=dict)
+    """By name."""
+
+
+def read_pointers(folder: Path) -> dict[str, Pointer]:
+    """Which of a folder's collections are served from a release. Raises `RefusalError` on a damaged file."""
+    path = folder / POINTERS
+    if not path.is_file():
+        return {}
+    what_to_do = (
+        f"restore it from a backup, or write it anew with the releases that were served (see {POINTERS} in the docs)"
+    )
+    return dict(read_contract(path, Pointers, POINTERS_FORMAT, what_to_do).collections)
 
 
 class Store:
-    """Opens every collection of a folder for one embedding space."""
+    """Opens every collection of a folder; the spaces of a server's encoders are known."""
 
-    def __init__(self, folder: Path, space_id: str, dim: int) -> None:
-        """`folder` is a collection, or holds collections (it is made where absent).
+    def __init__(self, folder: Path, spaces: Known[str], releases: Path | None = None) -> None:
+        """`folder` is a collection, or holds collections (it is made where absent). `spaces`: those that may be served.
+        `releases`: the folder of those that collections may be served from.
 
         Raises `RefusalError` when any of them cannot be served: a server that starts serves everything it was given.
         """
-        self._space_id, self._dim = space_id, dim
         self._lock = threading.Lock()  # held for a moment only: the event loop takes it too
         self._changing = threading.Lock()  # held through creations and deletions
-        self._collections: dict[str, Collection] = {}
+        self._served: dict[str, Served] = {}
+        self._spaces, self._releases = spaces, releases
         single = (folder / "collection.json").is_file()
         self._root = None if single else folder
+        self._pointers = {} if single else read_pointers(folder)
         if not single:
             try:
                 make_folder(folder)
@@ -38,33 +75,83 @@ class Store:
                 raise RefusalError(
                     f"{folder} cannot be used for collections ({e.strerror}): choose another folder"
                 ) from e
-            for leftover in folder.glob(".deleted-*"):
+            for leftover in [*folder.glob(".deleted-*"), *(releases.glob("*/.deleted-*") if releases else ())]:
                 shutil.rmtree(leftover)
-        folders = [folder] if single else sorted(p.parent for p in folder.glob("*/collection.json"))
+        folders = [folder] if single else [p.parent for p in folder.glob("*/collection.json")]
+        places = {path.name: path for path in folders}
+        for name, pointer in self._pointers.items():
+            if pointer.live:
+                places[name] = self.place(name, pointer.live)
         try:
-            for path in folders:
-                if not NAME.fullmatch(path.name):
+            for name, path in sorted(places.items()):
+                if not NAME.fullmatch(name):
                     raise RefusalError(f"{path} has a name that the API cannot carry: rename it; {NAME_RULE}")
-                self._collections[path.name] = Collection(path, space_id)
+                was_another = name in self._pointers and self._pointers[name].previous is not None
+                self._served[name] = Served(self.open(path), was_another)
         except RefusalError:
             self.close()
             raise
 
+    def open(self, folder: Path) -> Collection:
+        """A collection of a space that is known. Raises `RefusalError`."""
+        collection = Collection(folder)
+        if collection.space_id not in self._spaces:
+            collection.close()
+            raise RefusalError(
+                f"{folder} holds vectors of space {collection.space_id}, this server's encoders make "
+                f"{', '.join(self._spaces)} (MODEL_INDEX_MISMATCH): give the bundle that it was built with as --bundle or "
+                "among --other-bundles, or build it again"
+            )
+        return collection
+
+    def place(self, name: str, release: str) -> Path:
+        """Where a collection of a release lies. Raises `RefusalError` where no folder of releases is known."""
+        if not release:
+            return self._changeable() / name
+        if self._releases is None:
+            raise RefusalError(
+                f"the collection {name!r} is served from the release {release!r}: give the folder of releases with "
+                "--releases"
+            )
+        return self._releases / release / name
+
+    def served(self, name: str) -> Served:
+        """What a name stands for. Raises `NotFoundError`."""
+        with self._lock:
+            served = self._served.get(name)
+            if served is None:
+                known = ", ".join(sorted(self._served)[:10]) or "none"
+                raise NotFoundError(f"there is no collection {name!r} (known: {known})", "collection", name)
+            return served
+
     def get(self, name: str) -> Collection:
         """A collection by name. Raises `NotFoundError`."""
-        with self._lock:
-            collection = self._collections.get(name)
-            if collection is None:
-                known = ", ".join(sorted(self._collections)[:10]) or "none"
-                raise NotFoundError(f"there is no collection {name!r} (known: {known})", "collection", name)
-            return collection
+        return self.served(name).collection
 
     def all(self) -> list[Collection]:
         """Every collection, by name."""
         with self._lock:
-            return [self._collections[name] for name in sorted(self._collections)]
+            return [self._served[name].collection for name in sorted(self._served)]
 
-    def create(self, name: str, *, keep_originals: bool = False, thumbnail_pixels: int = 0) -> Collection:
+    def pointer(self, name: str) -> Pointer:
+        """Which release a name stands for."""
+        return self._pointers.get(name, Pointer(live=""))
+
+    def point(self, name: str, pointer: Pointer, served: Served | None = None) -> None:
+        """From here on a name stands for `served`, of the release that the pointer says: on the disk, then in memory."""
+        root = self._changeable()
+        with self._changing:
+            pointers = {**self._pointers, name: pointer}
+            if pointer == Pointer(live=""):
+                del pointers[name]
+            self._write(root, pointers)
+            if served is not None:
+                with self._lock:
+                    self._served[name] = served
+
+    def create(
+        self, name: str, space_id: str, dim: int, *, keep_originals: bool = False, thumbnail_pixels: int = 0
+    ) -> Collection:
         """Make an empty collection."""
         if not NAME.fullmatch(name):
             raise InvalidArgumentError(f"{name!r} cannot be a collection's name: {NAME_RULE}", "BAD_NAME", "name")
@@ -75,17 +162,16 @@ class Store:
             )  # fmt: skip
         root = self._changeable()
         with self._changing:
-            if name in self._collections:
+            if name in self._served:
                 raise AlreadyExistsError(f"the collection {name!r} exists already", collection=name)
             try:
                 collection = Collection.create(
-                    root / name, self._space_id, self._dim, keep_originals=keep_originals,
-                    thumbnail_pixels=thumbnail_pixels,
-                )  # fmt: skip
+                    root / name, space_id, dim, keep_originals=keep_originals, thumbnail_pixels=thumbnail_pixels
+                )
             except RefusalError as e:
                 raise PreconditionError(str(e), "FOLDER_IN_USE", collection=name) from e
             with self._lock:
-                self._collections[name] = collection
+                self._served[name] = Served(collection)
             return collection
 
     def delete(self, name: str) -> None:
@@ -94,22 +180,38 @@ class Store:
         with self._changing:
             collection = self.get(name)
             with self._lock:
-                del self._collections[name]
+                del self._served[name]
             collection.close()
-            gone = root / f".deleted-{name}-{uuid.uuid4().hex}"
-            collection.folder.rename(gone)
-            sync_folder(root)
-        shutil.rmtree(gone)
+            # What it was before it was served from a release would be served again at the next start: it goes first.
+            gone = [self._set_aside(root / name)] if (root / name).is_dir() else []
+            if name in self._pointers:
+                self._write(root, {n: pointer for n, pointer in self._pointers.items() if n != name})
+                if collection.folder.is_dir():
+                    gone.append(self._set_aside(collection.folder))
+        for folder in gone:
+            shutil.rmtree(folder)
 
     def close(self) -> None:
         """Close every collection."""
-        for collection in self._collections.values():
-            collection.close()
+        for served in self._served.values():
+            served.collection.close()
+
+    @staticmethod
+    def _set_aside(folder: Path) -> Path:
+        gone = folder.parent / f".deleted-{folder.name}-{uuid.uuid4().hex}"
+        folder.rename(gone)
+        sync_folder(folder.parent)
+        return gone
+
+    def _write(self, root: Path, pointers: dict[str, Pointer]) -> None:
+        """Under the lock of changes."""
+        write_file(root / POINTERS, Pointers(collections=pointers).sealed().model_dump_json(indent=2))
+        self._pointers = pointers
 
     def _changeable(self) -> Path:
         if self._root is None:
             raise PreconditionError(
-                "this server was started on a single collection, so it cannot make or delete any: start it with "
+                "this server was started on a single collection, so it cannot make, exchange or delete any: start it with "
                 "--collections on the folder above",
                 "COLLECTIONS_FIXED",
             )

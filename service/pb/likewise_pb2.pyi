@@ -86,6 +86,40 @@ ITEM_ORDER_SEQUENCE: ItemOrder.ValueType  # 2
 """By sequence number, oldest first. An item that is written again meanwhile comes again, at the end."""
 Global___ItemOrder: _TypeAlias = ItemOrder  # noqa: Y015
 
+class _ReleaseState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReleaseStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReleaseState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RELEASE_STATE_UNSPECIFIED: _ReleaseState.ValueType  # 0
+    RELEASE_STATE_LOADING: _ReleaseState.ValueType  # 1
+    """Its bundle and its collection are being opened."""
+    RELEASE_STATE_CATCHING_UP: _ReleaseState.ValueType  # 2
+    """It embeds what the served collection holds and it lacks."""
+    RELEASE_STATE_READY: _ReleaseState.ValueType  # 3
+    """It has caught up, follows further writes, and may be switched to."""
+    RELEASE_STATE_FAILED: _ReleaseState.ValueType  # 4
+    """`error` says why; PrepareRelease tries again."""
+    RELEASE_STATE_PREVIOUS: _ReleaseState.ValueType  # 5
+    """It was served before the last switch, and is kept to roll back to."""
+
+class ReleaseState(_ReleaseState, metaclass=_ReleaseStateEnumTypeWrapper):
+    """How far a release is that stands beside the collection that is served."""
+
+RELEASE_STATE_UNSPECIFIED: ReleaseState.ValueType  # 0
+RELEASE_STATE_LOADING: ReleaseState.ValueType  # 1
+"""Its bundle and its collection are being opened."""
+RELEASE_STATE_CATCHING_UP: ReleaseState.ValueType  # 2
+"""It embeds what the served collection holds and it lacks."""
+RELEASE_STATE_READY: ReleaseState.ValueType  # 3
+"""It has caught up, follows further writes, and may be switched to."""
+RELEASE_STATE_FAILED: ReleaseState.ValueType  # 4
+"""`error` says why; PrepareRelease tries again."""
+RELEASE_STATE_PREVIOUS: ReleaseState.ValueType  # 5
+"""It was served before the last switch, and is kept to roll back to."""
+Global___ReleaseState: _TypeAlias = ReleaseState  # noqa: Y015
+
 @_typing.final
 class Image(_message.Message):
     """A picture."""
@@ -327,7 +361,13 @@ class EmbedRequest(_message.Message):
 
     IMAGES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    SPACE_ID_FIELD_NUMBER: _builtins.int
+    COLLECTION_FIELD_NUMBER: _builtins.int
     priority: Global___Priority.ValueType
+    space_id: _builtins.str
+    """Embeds with the encoder of this space, where several are loaded. Absent: that of `collection`, or the server's own."""
+    collection: _builtins.str
+    """Embeds with this collection's encoder, whichever that is when the call comes."""
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
         """Up to 256 pictures."""
@@ -337,10 +377,12 @@ class EmbedRequest(_message.Message):
         *,
         images: _abc.Iterable[Global___Image] | None = ...,
         priority: Global___Priority.ValueType = ...,
+        space_id: _builtins.str = ...,
+        collection: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "images", b"images", "priority", b"priority", "space_id", b"space_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -411,10 +453,16 @@ class StreamEmbedRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    SPACE_ID_FIELD_NUMBER: _builtins.int
+    COLLECTION_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Chosen by the client; the response carries it."""
     priority: Global___Priority.ValueType
     """Bulk where absent."""
+    space_id: _builtins.str
+    """As in EmbedRequest."""
+    collection: _builtins.str
+    """As in EmbedRequest."""
     @_builtins.property
     def image(self) -> Global___Image: ...
     def __init__(
@@ -423,10 +471,12 @@ class StreamEmbedRequest(_message.Message):
         id: _builtins.int = ...,
         image: Global___Image | None = ...,
         priority: Global___Priority.ValueType = ...,
+        space_id: _builtins.str = ...,
+        collection: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "image", b"image", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "id", b"id", "image", b"image", "priority", b"priority", "space_id", b"space_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -470,12 +520,17 @@ Global___StreamEmbedResponse: _TypeAlias = StreamEmbedResponse  # noqa: Y015
 class GetEncoderRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    SPACE_ID_FIELD_NUMBER: _builtins.int
+    space_id: _builtins.str
+    """Absent: the server's own."""
     def __init__(
         self,
+        *,
+        space_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["space_id", b"space_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -502,8 +557,43 @@ class GetEncoderResponse(_message.Message):
 Global___GetEncoderResponse: _TypeAlias = GetEncoderResponse  # noqa: Y015
 
 @_typing.final
+class ListEncodersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEncodersRequest: _TypeAlias = ListEncodersRequest  # noqa: Y015
+
+@_typing.final
+class ListEncodersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENCODERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def encoders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Encoder]: ...
+    def __init__(
+        self,
+        *,
+        encoders: _abc.Iterable[Global___Encoder] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoders", b"encoders"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEncodersResponse: _TypeAlias = ListEncodersResponse  # noqa: Y015
+
+@_typing.final
 class Encoder(_message.Message):
-    """The encoder that a server holds."""
+    """An encoder that a server holds."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -900,6 +990,7 @@ class CreateCollectionRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     KEEP_ORIGINALS_FIELD_NUMBER: _builtins.int
     THUMBNAIL_PIXELS_FIELD_NUMBER: _builtins.int
+    SPACE_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the new collection."""
     keep_originals: _builtins.bool
@@ -908,16 +999,19 @@ class CreateCollectionRequest(_message.Message):
     """
     thumbnail_pixels: _builtins.int
     """Make thumbnails (JPEG) of pictures that come as bytes, so large on their longer side: 32 to 1024; 0: none."""
+    space_id: _builtins.str
+    """Which of the encoders that are loaded; absent: the server's own."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         keep_originals: _builtins.bool = ...,
         thumbnail_pixels: _builtins.int = ...,
+        space_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_originals", b"keep_originals", "name", b"name", "thumbnail_pixels", b"thumbnail_pixels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_originals", b"keep_originals", "name", b"name", "space_id", b"space_id", "thumbnail_pixels", b"thumbnail_pixels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1687,3 +1781,527 @@ class SnapshotCollectionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotCollectionResponse: _TypeAlias = SnapshotCollectionResponse  # noqa: Y015
+
+@_typing.final
+class Release(_message.Message):
+    """What a collection is served from, and what stands beside it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
+    LIVE_SPACE_ID_FIELD_NUMBER: _builtins.int
+    STANDBY_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """Name of the collection."""
+    live: _builtins.str
+    """The release that is served; empty: the server's own bundle, and the collection that it was started with."""
+    live_space_id: _builtins.str
+    """Space of the collection that is served."""
+    @_builtins.property
+    def standby(self) -> Global___Standby:
+        """What stands beside it, if anything does."""
+
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        live: _builtins.str = ...,
+        live_space_id: _builtins.str = ...,
+        standby: Global___Standby | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["standby", b"standby"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "live", b"live", "live_space_id", b"live_space_id", "standby", b"standby"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Release: _TypeAlias = Release  # noqa: Y015
+
+@_typing.final
+class Standby(_message.Message):
+    """A release beside the one that is served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SPACE_ID_FIELD_NUMBER: _builtins.int
+    ITEM_COUNT_FIELD_NUMBER: _builtins.int
+    LAG_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_COUNT_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    ACCEPTANCE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    WAS_LIVE_FIELD_NUMBER: _builtins.int
+    release: _builtins.str
+    """Its name; empty: the server's own bundle."""
+    state: Global___ReleaseState.ValueType
+    space_id: _builtins.str
+    """Known once it is loaded."""
+    item_count: _builtins.int
+    """Items that it holds."""
+    lag: _builtins.int
+    """Writes of the served collection that it does not hold yet."""
+    left_out_count: _builtins.int
+    """Items that it cannot hold, as they have no picture that its encoder could embed."""
+    was_live: _builtins.bool
+    """Whether it was served before, so that RollBackRelease serves it again."""
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeftOut]:
+        """Why, and examples."""
+
+    @_builtins.property
+    def acceptance(self) -> Global___Acceptance:
+        """How it answered its acceptance queries; absent before it is ready."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why it failed."""
+
+    def __init__(
+        self,
+        *,
+        release: _builtins.str = ...,
+        state: Global___ReleaseState.ValueType = ...,
+        space_id: _builtins.str = ...,
+        item_count: _builtins.int = ...,
+        lag: _builtins.int = ...,
+        left_out_count: _builtins.int = ...,
+        left_out: _abc.Iterable[Global___LeftOut] | None = ...,
+        acceptance: Global___Acceptance | None = ...,
+        error: _status_pb2.Status | None = ...,
+        was_live: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "error", b"error", "item_count", b"item_count", "lag", b"lag", "left_out", b"left_out", "left_out_count", b"left_out_count", "release", b"release", "space_id", b"space_id", "state", b"state", "was_live", b"was_live"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Standby: _TypeAlias = Standby  # noqa: Y015
+
+@_typing.final
+class LeftOut(_message.Message):
+    """Items that a release cannot hold, for one reason."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """A word for programs, such as client_vectors or originals_gone."""
+    count: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Up to three of their keys."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+        keys: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "keys", b"keys", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeftOut: _TypeAlias = LeftOut  # noqa: Y015
+
+@_typing.final
+class Acceptance(_message.Message):
+    """Answers to acceptance queries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PASSED_FIELD_NUMBER: _builtins.int
+    SELF_QUERIES_FIELD_NUMBER: _builtins.int
+    SELF_FOUND_FIELD_NUMBER: _builtins.int
+    PICTURES_FIELD_NUMBER: _builtins.int
+    MIN_PICTURE_SCORE_FIELD_NUMBER: _builtins.int
+    OVERLAP_AT_10_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    passed: _builtins.bool
+    """Whether the release may be switched to."""
+    self_queries: _builtins.int
+    """Stored items that were looked for by their own vector."""
+    self_found: _builtins.int
+    """Those of them that were found first."""
+    pictures: _builtins.int
+    """Stored pictures that were embedded again."""
+    min_picture_score: _builtins.float
+    """The smallest cosine similarity of such a picture to what is stored of it; absent without pictures."""
+    overlap_at_10: _builtins.float
+    """Mean share of the ten nearest neighbours that the served collection and this one have in common: how much the answers
+    will change. Absent without queries.
+    """
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___AcceptanceResult]:
+        """One per query of the request, in their order."""
+
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was not passed."""
+
+    def __init__(
+        self,
+        *,
+        passed: _builtins.bool = ...,
+        self_queries: _builtins.int = ...,
+        self_found: _builtins.int = ...,
+        pictures: _builtins.int = ...,
+        min_picture_score: _builtins.float | None = ...,
+        overlap_at_10: _builtins.float | None = ...,
+        results: _abc.Iterable[Global___AcceptanceResult] | None = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_picture_score", b"_min_picture_score", "_overlap_at_10", b"_overlap_at_10", "min_picture_score", b"min_picture_score", "overlap_at_10", b"overlap_at_10"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_picture_score", b"_min_picture_score", "_overlap_at_10", b"_overlap_at_10", "min_picture_score", b"min_picture_score", "overlap_at_10", b"overlap_at_10", "passed", b"passed", "pictures", b"pictures", "problems", b"problems", "results", b"results", "self_found", b"self_found", "self_queries", b"self_queries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_picture_score: _TypeAlias = _typing.Literal["min_picture_score"]  # noqa: Y015
+    _WhichOneofArgType__min_picture_score: _TypeAlias = _typing.Literal["_min_picture_score", b"_min_picture_score"]  # noqa: Y015
+    _WhichOneofReturnType__overlap_at_10: _TypeAlias = _typing.Literal["overlap_at_10"]  # noqa: Y015
+    _WhichOneofArgType__overlap_at_10: _TypeAlias = _typing.Literal["_overlap_at_10", b"_overlap_at_10"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_picture_score) -> _WhichOneofReturnType__min_picture_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__overlap_at_10) -> _WhichOneofReturnType__overlap_at_10 | None: ...
+
+Global___Acceptance: _TypeAlias = Acceptance  # noqa: Y015
+
+@_typing.final
+class AcceptanceQuery(_message.Message):
+    """A query that a release has to answer well before it is switched to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    EXPECTED_KEY_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    expected_key: _builtins.str
+    """Key that has to be among the neighbours."""
+    top_k: _builtins.int
+    """Among how many of them, 1 to 1000; 10 where absent."""
+    @_builtins.property
+    def query(self) -> Global___Query:
+        """A picture, or the key of a stored item."""
+
+    def __init__(
+        self,
+        *,
+        query: Global___Query | None = ...,
+        expected_key: _builtins.str = ...,
+        top_k: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "query", b"query", "top_k", b"top_k"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "expected_key", b"expected_key", "query", b"query", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+
+Global___AcceptanceQuery: _TypeAlias = AcceptanceQuery  # noqa: Y015
+
+@_typing.final
+class AcceptanceResult(_message.Message):
+    """The answer to an acceptance query."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Rank of the expected key, from 1; 0: it was not among the neighbours."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptanceResult: _TypeAlias = AcceptanceResult  # noqa: Y015
+
+@_typing.final
+class PrepareReleaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    ACCEPTANCE_FIELD_NUMBER: _builtins.int
+    MIN_OVERLAP_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """Name of the collection."""
+    release: _builtins.str
+    """Name of the release: 1 to 63 of a-z, 0-9, '-' and '_', starting with a letter or digit."""
+    min_overlap: _builtins.float
+    """The least overlap_at_10 that is accepted, 0 to 1; any where absent."""
+    @_builtins.property
+    def acceptance(self) -> _containers.RepeatedCompositeFieldContainer[Global___AcceptanceQuery]:
+        """Up to 256 queries that it has to answer, besides those that are made of stored items."""
+
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        release: _builtins.str = ...,
+        acceptance: _abc.Iterable[Global___AcceptanceQuery] | None = ...,
+        min_overlap: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "collection", b"collection", "min_overlap", b"min_overlap", "release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrepareReleaseRequest: _TypeAlias = PrepareReleaseRequest  # noqa: Y015
+
+@_typing.final
+class PrepareReleaseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def release(self) -> Global___Release: ...
+    def __init__(
+        self,
+        *,
+        release: Global___Release | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrepareReleaseResponse: _TypeAlias = PrepareReleaseResponse  # noqa: Y015
+
+@_typing.final
+class GetReleaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """Name of the collection."""
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetReleaseRequest: _TypeAlias = GetReleaseRequest  # noqa: Y015
+
+@_typing.final
+class GetReleaseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def release(self) -> Global___Release: ...
+    def __init__(
+        self,
+        *,
+        release: Global___Release | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetReleaseResponse: _TypeAlias = GetReleaseResponse  # noqa: Y015
+
+@_typing.final
+class ListReleasesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReleasesRequest: _TypeAlias = ListReleasesRequest  # noqa: Y015
+
+@_typing.final
+class ListReleasesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def releases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Release]:
+        """By the name of the collection."""
+
+    def __init__(
+        self,
+        *,
+        releases: _abc.Iterable[Global___Release] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["releases", b"releases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReleasesResponse: _TypeAlias = ListReleasesResponse  # noqa: Y015
+
+@_typing.final
+class SwitchReleaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    LEAVE_OUT_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """Name of the collection."""
+    release: _builtins.str
+    """Name of the release that is meant: another one beside the collection is refused."""
+    leave_out: _builtins.bool
+    """Serve it although items are left out (`left_out_count`): they are not found any more, until it is rolled back."""
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        release: _builtins.str = ...,
+        leave_out: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "leave_out", b"leave_out", "release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchReleaseRequest: _TypeAlias = SwitchReleaseRequest  # noqa: Y015
+
+@_typing.final
+class SwitchReleaseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASE_FIELD_NUMBER: _builtins.int
+    WRITES_HELD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def release(self) -> Global___Release: ...
+    @_builtins.property
+    def writes_held(self) -> _duration_pb2.Duration:
+        """How long writes were held back."""
+
+    def __init__(
+        self,
+        *,
+        release: Global___Release | None = ...,
+        writes_held: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["release", b"release", "writes_held", b"writes_held"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["release", b"release", "writes_held", b"writes_held"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchReleaseResponse: _TypeAlias = SwitchReleaseResponse  # noqa: Y015
+
+@_typing.final
+class RollBackReleaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    LEAVE_OUT_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """Name of the collection."""
+    leave_out: _builtins.bool
+    """Roll back although items that were written since cannot be embedded: they are not found any more."""
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        leave_out: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "leave_out", b"leave_out"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollBackReleaseRequest: _TypeAlias = RollBackReleaseRequest  # noqa: Y015
+
+@_typing.final
+class RollBackReleaseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASE_FIELD_NUMBER: _builtins.int
+    WRITES_HELD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def release(self) -> Global___Release: ...
+    @_builtins.property
+    def writes_held(self) -> _duration_pb2.Duration:
+        """How long writes were held back."""
+
+    def __init__(
+        self,
+        *,
+        release: Global___Release | None = ...,
+        writes_held: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["release", b"release", "writes_held", b"writes_held"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["release", b"release", "writes_held", b"writes_held"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollBackReleaseResponse: _TypeAlias = RollBackReleaseResponse  # noqa: Y015
+
+@_typing.final
+class FinishReleaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """Name of the collection."""
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishReleaseRequest: _TypeAlias = FinishReleaseRequest  # noqa: Y015
+
+@_typing.final
+class FinishReleaseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def release(self) -> Global___Release: ...
+    def __init__(
+        self,
+        *,
+        release: Global___Release | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishReleaseResponse: _TypeAlias = FinishReleaseResponse  # noqa: Y015

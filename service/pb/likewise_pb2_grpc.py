@@ -50,6 +50,11 @@ class EncoderServiceStub:
                 request_serializer=service_dot_pb_dot_likewise__pb2.GetEncoderRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_likewise__pb2.GetEncoderResponse.FromString,
                 _registered_method=True)
+        self.ListEncoders = channel.unary_unary(
+                '/likewise.v1.EncoderService/ListEncoders',
+                request_serializer=service_dot_pb_dot_likewise__pb2.ListEncodersRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.ListEncodersResponse.FromString,
+                _registered_method=True)
 
 
 class EncoderServiceServicer:
@@ -71,7 +76,14 @@ class EncoderServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetEncoder(self, request, context):
-        """Describes the encoder: its space, its dimensions, what it accepts.
+        """Describes an encoder: its space, its dimensions, what it accepts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEncoders(self, request, context):
+        """Lists the encoders that are loaded, the server's own first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +106,11 @@ def add_EncoderServiceServicer_to_server(servicer, server):
                     servicer.GetEncoder,
                     request_deserializer=service_dot_pb_dot_likewise__pb2.GetEncoderRequest.FromString,
                     response_serializer=service_dot_pb_dot_likewise__pb2.GetEncoderResponse.SerializeToString,
+            ),
+            'ListEncoders': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEncoders,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.ListEncodersRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.ListEncodersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class EncoderService:
             '/likewise.v1.EncoderService/GetEncoder',
             service_dot_pb_dot_likewise__pb2.GetEncoderRequest.SerializeToString,
             service_dot_pb_dot_likewise__pb2.GetEncoderResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEncoders(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.EncoderService/ListEncoders',
+            service_dot_pb_dot_likewise__pb2.ListEncodersRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.ListEncodersResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -431,7 +475,7 @@ class CollectionServiceServicer:
     """
 
     def CreateCollection(self, request, context):
-        """Creates an empty collection in the space of the server's encoder.
+        """Creates an empty collection, in the space of the server's own encoder or of another that is loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -908,6 +952,309 @@ class CollectionService:
             '/likewise.v1.CollectionService/SnapshotCollection',
             service_dot_pb_dot_likewise__pb2.SnapshotCollectionRequest.SerializeToString,
             service_dot_pb_dot_likewise__pb2.SnapshotCollectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ReleaseServiceStub:
+    """Releases: a bundle and a collection that was made with it, as one unit. One is loaded beside the collection that is served,
+    catches up with what is written to that, and takes its place under load, between two calls. See docs/serving.md.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.PrepareRelease = channel.unary_unary(
+                '/likewise.v1.ReleaseService/PrepareRelease',
+                request_serializer=service_dot_pb_dot_likewise__pb2.PrepareReleaseRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.PrepareReleaseResponse.FromString,
+                _registered_method=True)
+        self.GetRelease = channel.unary_unary(
+                '/likewise.v1.ReleaseService/GetRelease',
+                request_serializer=service_dot_pb_dot_likewise__pb2.GetReleaseRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.GetReleaseResponse.FromString,
+                _registered_method=True)
+        self.ListReleases = channel.unary_unary(
+                '/likewise.v1.ReleaseService/ListReleases',
+                request_serializer=service_dot_pb_dot_likewise__pb2.ListReleasesRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.ListReleasesResponse.FromString,
+                _registered_method=True)
+        self.SwitchRelease = channel.unary_unary(
+                '/likewise.v1.ReleaseService/SwitchRelease',
+                request_serializer=service_dot_pb_dot_likewise__pb2.SwitchReleaseRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.SwitchReleaseResponse.FromString,
+                _registered_method=True)
+        self.RollBackRelease = channel.unary_unary(
+                '/likewise.v1.ReleaseService/RollBackRelease',
+                request_serializer=service_dot_pb_dot_likewise__pb2.RollBackReleaseRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.RollBackReleaseResponse.FromString,
+                _registered_method=True)
+        self.FinishRelease = channel.unary_unary(
+                '/likewise.v1.ReleaseService/FinishRelease',
+                request_serializer=service_dot_pb_dot_likewise__pb2.FinishReleaseRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_likewise__pb2.FinishReleaseResponse.FromString,
+                _registered_method=True)
+
+
+class ReleaseServiceServicer:
+    """Releases: a bundle and a collection that was made with it, as one unit. One is loaded beside the collection that is served,
+    catches up with what is written to that, and takes its place under load, between two calls. See docs/serving.md.
+    """
+
+    def PrepareRelease(self, request, context):
+        """Loads releases/NAME/bundle and releases/NAME/COLLECTION beside the collection that is served, embedding what the latter
+        lacks; where it does not exist, it is made. Returns at once: GetRelease tells how far it is. Asked again, it changes
+        nothing; after a failure it tries again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRelease(self, request, context):
+        """Tells what a collection is served from, and what stands beside it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReleases(self, request, context):
+        """The same of every collection.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SwitchRelease(self, request, context):
+        """Serves the prepared release from now on: waits until it has caught up, holds writes back for the last few, and exchanges
+        both at once. Refused while it is not ready, did not pass its acceptance queries, or lacks items; then nothing changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBackRelease(self, request, context):
+        """Serves what was served before the last switch, with what was written since; refused, with their number, where some of
+        that cannot be embedded by the encoder of before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FinishRelease(self, request, context):
+        """Unloads what stands beside the collection that is served, once no call uses it any more; its files stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ReleaseServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'PrepareRelease': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrepareRelease,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.PrepareReleaseRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.PrepareReleaseResponse.SerializeToString,
+            ),
+            'GetRelease': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRelease,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.GetReleaseRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.GetReleaseResponse.SerializeToString,
+            ),
+            'ListReleases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReleases,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.ListReleasesRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.ListReleasesResponse.SerializeToString,
+            ),
+            'SwitchRelease': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwitchRelease,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.SwitchReleaseRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.SwitchReleaseResponse.SerializeToString,
+            ),
+            'RollBackRelease': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackRelease,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.RollBackReleaseRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.RollBackReleaseResponse.SerializeToString,
+            ),
+            'FinishRelease': grpc.unary_unary_rpc_method_handler(
+                    servicer.FinishRelease,
+                    request_deserializer=service_dot_pb_dot_likewise__pb2.FinishReleaseRequest.FromString,
+                    response_serializer=service_dot_pb_dot_likewise__pb2.FinishReleaseResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'likewise.v1.ReleaseService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('likewise.v1.ReleaseService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ReleaseService:
+    """Releases: a bundle and a collection that was made with it, as one unit. One is loaded beside the collection that is served,
+    catches up with what is written to that, and takes its place under load, between two calls. See docs/serving.md.
+    """
+
+    @staticmethod
+    def PrepareRelease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.ReleaseService/PrepareRelease',
+            service_dot_pb_dot_likewise__pb2.PrepareReleaseRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.PrepareReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRelease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.ReleaseService/GetRelease',
+            service_dot_pb_dot_likewise__pb2.GetReleaseRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.GetReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReleases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.ReleaseService/ListReleases',
+            service_dot_pb_dot_likewise__pb2.ListReleasesRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.ListReleasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwitchRelease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.ReleaseService/SwitchRelease',
+            service_dot_pb_dot_likewise__pb2.SwitchReleaseRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.SwitchReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackRelease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.ReleaseService/RollBackRelease',
+            service_dot_pb_dot_likewise__pb2.RollBackReleaseRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.RollBackReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FinishRelease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likewise.v1.ReleaseService/FinishRelease',
+            service_dot_pb_dot_likewise__pb2.FinishReleaseRequest.SerializeToString,
+            service_dot_pb_dot_likewise__pb2.FinishReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,7 +53,9 @@ class EncoderServiceStub:
     StreamEmbed: _grpc.StreamStreamMultiCallable[_likewise_pb2.StreamEmbedRequest, _likewise_pb2.StreamEmbedResponse]
     """Embeds pictures one by one. Responses come as they are ready, in any order, each with the `id` of its request."""
     GetEncoder: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.GetEncoderRequest, _likewise_pb2.GetEncoderResponse]
-    """Describes the encoder: its space, its dimensions, what it accepts."""
+    """Describes an encoder: its space, its dimensions, what it accepts."""
+    ListEncoders: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.ListEncodersRequest, _likewise_pb2.ListEncodersResponse]
+    """Lists the encoders that are loaded, the server's own first."""
 
 @_typing.type_check_only
 class EncoderServiceAsyncStub(EncoderServiceStub):
@@ -65,7 +67,9 @@ class EncoderServiceAsyncStub(EncoderServiceStub):
     StreamEmbed: _aio.StreamStreamMultiCallable[_likewise_pb2.StreamEmbedRequest, _likewise_pb2.StreamEmbedResponse]  # type: ignore[assignment]
     """Embeds pictures one by one. Responses come as they are ready, in any order, each with the `id` of its request."""
     GetEncoder: _aio.UnaryUnaryMultiCallable[_likewise_pb2.GetEncoderRequest, _likewise_pb2.GetEncoderResponse]  # type: ignore[assignment]
-    """Describes the encoder: its space, its dimensions, what it accepts."""
+    """Describes an encoder: its space, its dimensions, what it accepts."""
+    ListEncoders: _aio.UnaryUnaryMultiCallable[_likewise_pb2.ListEncodersRequest, _likewise_pb2.ListEncodersResponse]  # type: ignore[assignment]
+    """Lists the encoders that are loaded, the server's own first."""
 
 class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
     """Pictures to vectors."""
@@ -92,7 +96,15 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _likewise_pb2.GetEncoderRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_likewise_pb2.GetEncoderResponse, _abc.Awaitable[_likewise_pb2.GetEncoderResponse]]:
-        """Describes the encoder: its space, its dimensions, what it accepts."""
+        """Describes an encoder: its space, its dimensions, what it accepts."""
+
+    @_abc_1.abstractmethod
+    def ListEncoders(
+        self,
+        request: _likewise_pb2.ListEncodersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.ListEncodersResponse, _abc.Awaitable[_likewise_pb2.ListEncodersResponse]]:
+        """Lists the encoders that are loaded, the server's own first."""
 
 def add_EncoderServiceServicer_to_server(servicer: EncoderServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -165,7 +177,7 @@ class CollectionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CollectionServiceAsyncStub: ...
     CreateCollection: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.CreateCollectionRequest, _likewise_pb2.CreateCollectionResponse]
-    """Creates an empty collection in the space of the server's encoder."""
+    """Creates an empty collection, in the space of the server's own encoder or of another that is loaded."""
     GetCollection: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.GetCollectionRequest, _likewise_pb2.GetCollectionResponse]
     """Describes one collection."""
     ListCollections: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.ListCollectionsRequest, _likewise_pb2.ListCollectionsResponse]
@@ -205,7 +217,7 @@ class CollectionServiceAsyncStub(CollectionServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateCollection: _aio.UnaryUnaryMultiCallable[_likewise_pb2.CreateCollectionRequest, _likewise_pb2.CreateCollectionResponse]  # type: ignore[assignment]
-    """Creates an empty collection in the space of the server's encoder."""
+    """Creates an empty collection, in the space of the server's own encoder or of another that is loaded."""
     GetCollection: _aio.UnaryUnaryMultiCallable[_likewise_pb2.GetCollectionRequest, _likewise_pb2.GetCollectionResponse]  # type: ignore[assignment]
     """Describes one collection."""
     ListCollections: _aio.UnaryUnaryMultiCallable[_likewise_pb2.ListCollectionsRequest, _likewise_pb2.ListCollectionsResponse]  # type: ignore[assignment]
@@ -248,7 +260,7 @@ class CollectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _likewise_pb2.CreateCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_likewise_pb2.CreateCollectionResponse, _abc.Awaitable[_likewise_pb2.CreateCollectionResponse]]:
-        """Creates an empty collection in the space of the server's encoder."""
+        """Creates an empty collection, in the space of the server's own encoder or of another that is loaded."""
 
     @_abc_1.abstractmethod
     def GetCollection(
@@ -349,3 +361,121 @@ class CollectionServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
 def add_CollectionServiceServicer_to_server(servicer: CollectionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class ReleaseServiceStub:
+    """Releases: a bundle and a collection that was made with it, as one unit. One is loaded beside the collection that is served,
+    catches up with what is written to that, and takes its place under load, between two calls. See docs/serving.md.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> ReleaseServiceAsyncStub: ...
+    PrepareRelease: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.PrepareReleaseRequest, _likewise_pb2.PrepareReleaseResponse]
+    """Loads releases/NAME/bundle and releases/NAME/COLLECTION beside the collection that is served, embedding what the latter
+    lacks; where it does not exist, it is made. Returns at once: GetRelease tells how far it is. Asked again, it changes
+    nothing; after a failure it tries again.
+    """
+    GetRelease: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.GetReleaseRequest, _likewise_pb2.GetReleaseResponse]
+    """Tells what a collection is served from, and what stands beside it."""
+    ListReleases: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.ListReleasesRequest, _likewise_pb2.ListReleasesResponse]
+    """The same of every collection."""
+    SwitchRelease: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.SwitchReleaseRequest, _likewise_pb2.SwitchReleaseResponse]
+    """Serves the prepared release from now on: waits until it has caught up, holds writes back for the last few, and exchanges
+    both at once. Refused while it is not ready, did not pass its acceptance queries, or lacks items; then nothing changes.
+    """
+    RollBackRelease: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.RollBackReleaseRequest, _likewise_pb2.RollBackReleaseResponse]
+    """Serves what was served before the last switch, with what was written since; refused, with their number, where some of
+    that cannot be embedded by the encoder of before.
+    """
+    FinishRelease: _grpc.UnaryUnaryMultiCallable[_likewise_pb2.FinishReleaseRequest, _likewise_pb2.FinishReleaseResponse]
+    """Unloads what stands beside the collection that is served, once no call uses it any more; its files stay."""
+
+@_typing.type_check_only
+class ReleaseServiceAsyncStub(ReleaseServiceStub):
+    """Releases: a bundle and a collection that was made with it, as one unit. One is loaded beside the collection that is served,
+    catches up with what is written to that, and takes its place under load, between two calls. See docs/serving.md.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    PrepareRelease: _aio.UnaryUnaryMultiCallable[_likewise_pb2.PrepareReleaseRequest, _likewise_pb2.PrepareReleaseResponse]  # type: ignore[assignment]
+    """Loads releases/NAME/bundle and releases/NAME/COLLECTION beside the collection that is served, embedding what the latter
+    lacks; where it does not exist, it is made. Returns at once: GetRelease tells how far it is. Asked again, it changes
+    nothing; after a failure it tries again.
+    """
+    GetRelease: _aio.UnaryUnaryMultiCallable[_likewise_pb2.GetReleaseRequest, _likewise_pb2.GetReleaseResponse]  # type: ignore[assignment]
+    """Tells what a collection is served from, and what stands beside it."""
+    ListReleases: _aio.UnaryUnaryMultiCallable[_likewise_pb2.ListReleasesRequest, _likewise_pb2.ListReleasesResponse]  # type: ignore[assignment]
+    """The same of every collection."""
+    SwitchRelease: _aio.UnaryUnaryMultiCallable[_likewise_pb2.SwitchReleaseRequest, _likewise_pb2.SwitchReleaseResponse]  # type: ignore[assignment]
+    """Serves the prepared release from now on: waits until it has caught up, holds writes back for the last few, and exchanges
+    both at once. Refused while it is not ready, did not pass its acceptance queries, or lacks items; then nothing changes.
+    """
+    RollBackRelease: _aio.UnaryUnaryMultiCallable[_likewise_pb2.RollBackReleaseRequest, _likewise_pb2.RollBackReleaseResponse]  # type: ignore[assignment]
+    """Serves what was served before the last switch, with what was written since; refused, with their number, where some of
+    that cannot be embedded by the encoder of before.
+    """
+    FinishRelease: _aio.UnaryUnaryMultiCallable[_likewise_pb2.FinishReleaseRequest, _likewise_pb2.FinishReleaseResponse]  # type: ignore[assignment]
+    """Unloads what stands beside the collection that is served, once no call uses it any more; its files stay."""
+
+class ReleaseServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Releases: a bundle and a collection that was made with it, as one unit. One is loaded beside the collection that is served,
+    catches up with what is written to that, and takes its place under load, between two calls. See docs/serving.md.
+    """
+
+    @_abc_1.abstractmethod
+    def PrepareRelease(
+        self,
+        request: _likewise_pb2.PrepareReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.PrepareReleaseResponse, _abc.Awaitable[_likewise_pb2.PrepareReleaseResponse]]:
+        """Loads releases/NAME/bundle and releases/NAME/COLLECTION beside the collection that is served, embedding what the latter
+        lacks; where it does not exist, it is made. Returns at once: GetRelease tells how far it is. Asked again, it changes
+        nothing; after a failure it tries again.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRelease(
+        self,
+        request: _likewise_pb2.GetReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.GetReleaseResponse, _abc.Awaitable[_likewise_pb2.GetReleaseResponse]]:
+        """Tells what a collection is served from, and what stands beside it."""
+
+    @_abc_1.abstractmethod
+    def ListReleases(
+        self,
+        request: _likewise_pb2.ListReleasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.ListReleasesResponse, _abc.Awaitable[_likewise_pb2.ListReleasesResponse]]:
+        """The same of every collection."""
+
+    @_abc_1.abstractmethod
+    def SwitchRelease(
+        self,
+        request: _likewise_pb2.SwitchReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.SwitchReleaseResponse, _abc.Awaitable[_likewise_pb2.SwitchReleaseResponse]]:
+        """Serves the prepared release from now on: waits until it has caught up, holds writes back for the last few, and exchanges
+        both at once. Refused while it is not ready, did not pass its acceptance queries, or lacks items; then nothing changes.
+        """
+
+    @_abc_1.abstractmethod
+    def RollBackRelease(
+        self,
+        request: _likewise_pb2.RollBackReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.RollBackReleaseResponse, _abc.Awaitable[_likewise_pb2.RollBackReleaseResponse]]:
+        """Serves what was served before the last switch, with what was written since; refused, with their number, where some of
+        that cannot be embedded by the encoder of before.
+        """
+
+    @_abc_1.abstractmethod
+    def FinishRelease(
+        self,
+        request: _likewise_pb2.FinishReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_likewise_pb2.FinishReleaseResponse, _abc.Awaitable[_likewise_pb2.FinishReleaseResponse]]:
+        """Unloads what stands beside the collection that is served, once no call uses it any more; its files stay."""
+
+def add_ReleaseServiceServicer_to_server(servicer: ReleaseServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
