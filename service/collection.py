@@ -42,7 +42,7 @@ from service.index import BLOCK, Stored, blocks, check_factory
 from service.originals import Originals, Swept, digest_of, place_of
 from service.policy import IndexPolicy
 from service.reading import COLLECTION_FORMAT, CollectionManifest, Readable, StoredItem, read_manifest, unit_rows
-from service.records import MAX_KEY_BYTES, FileState, Made, NewRow, Reader, Record, Records
+from service.records import MAX_KEY_BYTES, FileState, Made, NewRow, Reader, Records
 from service.segment import (
     Batch,
     Segment,
@@ -173,10 +173,6 @@ class Collection(Readable):
             return found
         with self._open():  # a merge was committed, and its segments are being exchanged
             return self._item(key)
-
-    def item(self, record: Record) -> StoredItem:
-        """A row that `page` gave, with its vector; or what its key has become. Raises `NotFoundError`."""
-        return self._stored(record, record.row.key) or self.get(record.row.key)
 
     def made(self, keys: Sequence[str]) -> dict[str, Made]:
         """What is known of items beside what a query returns, by key."""

@@ -243,6 +243,9 @@ class Serve(Embedding):
     """A folder of collections (made where absent), or a single collection."""
     other_bundles: list[Path] = []
     """More bundles: collections of their spaces are served, too."""
+    follow: bool = False
+    """Serve what another process of this machine writes to the collections, as it is committed; writes are refused here
+    (READ_ONLY)."""
     releases: Path | None = None
     """A folder of releases, NAME/bundle and NAME/COLLECTION: the encoder of a collection can be exchanged for one of them
     while it is served (ReleaseService)."""

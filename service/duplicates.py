@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from export.bundle import Embeddings
-from service.collection import Collection
 from service.errors import InvalidArgumentError
 from service.filter import Filter
 from service.fresh import Fresh
 from service.index import EXACT_AMONG, Bitmap, Rows
 from service.live import Live
+from service.reading import Readable
 from service.segment import Segment
 from service.view import TOLERANCE
 
@@ -92,7 +92,7 @@ class Group(NamedTuple):
 
 
 def pairs(
-    collection: Collection, min_score: float, wanted: Filter | None = None, after: int | None = None
+    collection: Readable, min_score: float, wanted: Filter | None = None, after: int | None = None
 ) -> Iterator[Pair]:
     """Each pair of live items that pass a filter and are at least so similar, once, in no order, as they are found.
 
@@ -104,7 +104,7 @@ def pairs(
 
 
 def groups(
-    collection: Collection, min_score: float, wanted: Filter | None = None, after: int | None = None
+    collection: Readable, min_score: float, wanted: Filter | None = None, after: int | None = None
 ) -> Iterator[Group]:
     """The groups that `pairs` connect: the largest first, of one size that with the oldest item first.
 
@@ -156,7 +156,7 @@ class SelfSearch:
 
     def __init__(
         self,
-        collection: Collection,
+        collection: Readable,
         min_score: float,
         wanted: Filter | None = None,
         after: int | None = None,

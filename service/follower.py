@@ -70,6 +70,11 @@ class Follower(Readable):
             self._view, self._sequence, self._seen, self.looked = view, sequence, version, now
             return True
 
+    @property
+    def is_there(self) -> bool:
+        """Whether its folder still holds the collection that was opened."""
+        return self._inode() == self._opened_inode
+
     def get(self, key: str) -> StoredItem:
         """A live item, as of its last commit. Raises `NotFoundError`."""
         for _ in range(_ATTEMPTS):
@@ -93,12 +98,16 @@ class Follower(Readable):
             return None
         return status.st_dev, status.st_ino
 
+    def look(self) -> None:
+        """`refresh`, whose refusal becomes the `problem`."""
+        try:
+            self.refresh()
+            self.problem = None
+        except ClosedError:
+            pass
+        except Exception as e:  # whatever it is, the view before stays, and it looks again
+            self.problem = f"{type(e).__name__}: {e}"
+
     def _follow(self, every: float) -> None:
         while not self._stop.wait(every):
-            try:
-                self.refresh()
-                self.problem = None
-            except ClosedError:
-                return
-            except Exception as e:  # whatever it is, the view before stays, and it looks again
-                self.problem = f"{type(e).__name__}: {e}"
+            self.look()

@@ -34,6 +34,7 @@ from service.filter import Filter
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.pipeline import Priority
+from service.reading import Readable
 from service.records import NewRow, Record
 from service.releases import Releases
 from service.segment import attributes_of
@@ -115,7 +116,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         """Raises `MovedError`; then nothing was stored."""
         engine = self._engine
         served = engine.store.served(request.collection)
-        collection, model = served.collection, engine.models[served.collection.space_id]
+        collection, model = served.writer, engine.models[served.collection.space_id]
         given = [_given(item, i, served, model.encoder.origin) for i, item in enumerate(request.items)]
         pictures = [i for i, each in enumerate(given) if isinstance(each, _Given) and each.vector is None]
         refusal = model.encoder.mixing_refusal(collection.origins) if pictures else None
@@ -165,11 +166,11 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         while True:
             served = self._engine.store.served(request.collection)
             try:
-                missing = await self._engine.write_to(served, served.collection.delete, list(request.keys))
+                missing = await self._engine.write_to(served, served.writer.delete, list(request.keys))
                 break
             except MovedError:
                 continue
-        self._engine.maintain_when_due(served.collection)
+        self._engine.maintain_when_due(served.writer)
         deleted = len(set(request.keys)) - len(missing)
         return pb.DeleteItemsResponse(deleted_count=deleted, missing_keys=missing)
 
@@ -191,9 +192,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
         with self._engine.using(request.collection) as served:
             await self._find_duplicates(request, served.collection, context)
 
-    async def _find_duplicates(
-        self, request: pb.FindDuplicatesRequest, collection: Collection, context: Context
-    ) -> None:
+    async def _find_duplicates(self, request: pb.FindDuplicatesRequest, collection: Readable, context: Context) -> None:
         engine = self._engine
         wanted = Filter.parse(request.filter) if request.filter.strip() else None
         min_score = request.min_score if request.HasField("min_score") else 0.95
@@ -223,7 +222,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
     ) -> pb.CompactCollectionResponse:
         """See the proto."""
         with self._engine.using(request.name) as served:
-            collection = served.collection
+            collection = served.writer
             merged = await self._engine.chore(_compacted, collection)
             return pb.CompactCollectionResponse(
                 collection=_collection(collection), merged_segments=merged, segments=len(collection.segments())
@@ -237,7 +236,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
             return await self._snapshot(request, served.collection)
 
     async def _snapshot(
-        self, request: pb.SnapshotCollectionRequest, collection: Collection
+        self, request: pb.SnapshotCollectionRequest, collection: Readable
     ) -> pb.SnapshotCollectionResponse:
         root = self._engine.snapshots
         if root is None:
@@ -274,7 +273,7 @@ def _compacted(collection: Collection) -> int:
 # --- lists ------------------------------------------------------------------------------------------------------------
 
 
-def _page(collection: Collection, request: pb.ListItemsRequest) -> pb.ListItemsResponse:
+def _page(collection: Readable, request: pb.ListItemsRequest) -> pb.ListItemsResponse:
     """One page: in a thread, as it is read from the disk. Raises `ServiceError`."""
     size = request.page_size if request.HasField("page_size") else 100
     if not 1 <= size <= 1000:
@@ -350,7 +349,7 @@ def _after(request: pb.ListItemsRequest, by_sequence: bool) -> str | tuple[int, 
 # --- items ------------------------------------------------------------------------------------------------------------
 
 
-def _item(collection: Collection, key: str, with_original: bool) -> pb.Item:
+def _item(collection: Readable, key: str, with_original: bool) -> pb.Item:
     """An item with all that is known of it: in a thread, as files are read. Raises `ServiceError`."""
     row, vector, _ = collection.get(key)
     item = item_of(row, collection.thumbnails([row.id]).get(row.id))
@@ -400,8 +399,8 @@ async def _stored(
     """Write what all have a vector by now; their sequence numbers. Raises `MovedError`; then nothing was stored."""
     vectors = np.stack([each.vector for each in given if each.vector is not None])
     rows = [each.row for each in given]
-    sequences = await engine.write_to(served, served.collection.upsert, rows, vectors, pictures)
-    engine.maintain_when_due(served.collection)
+    sequences = await engine.write_to(served, served.writer.upsert, rows, vectors, pictures)
+    engine.maintain_when_due(served.writer)
     return sequences
 
 
@@ -432,7 +431,9 @@ class _Upload:
         """Embed its pictures. Raises `ServiceError` on a request that says nothing of any item."""
         served = self._served
         if served is None:
-            served = self._served = self._engine.store.served(request.collection)
+            served = self._engine.store.served(request.collection)
+            _ = served.writer  # refuses
+            self._served = served
         elif request.collection not in ("", served.collection.name):
             raise InvalidArgumentError(
                 f"the stream is into {served.collection.name!r}, the request names {request.collection[:80]!r}: open "
@@ -541,7 +542,7 @@ class _Upload:
             entry.given = given._replace(row=given.row._replace(thumbnail=found.thumbnail), vector=found.vector)
 
 
-def _collection(collection: Collection) -> pb.Collection:
+def _collection(collection: Readable) -> pb.Collection:
     message = pb.Collection(
         name=collection.name, space_id=collection.space_id, dimensions=collection.dim, item_count=len(collection),
         sequence=collection.sequence, keep_originals=collection.manifest.keep_originals,

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from export.bundle import Embeddings, RefusalError
+from service.follower import Follower
 from service.reading import Readable
 from service.store import Store
 
@@ -182,6 +184,11 @@ class _Sizes(Collector):
         )
         size = GaugeMetricFamily("likewise_index_size_bytes", "Segments on the disk.", labels=label)
         wal = GaugeMetricFamily("likewise_wal_bytes", "Write-ahead log of the records.", labels=label)
+        lag = GaugeMetricFamily(
+            "likewise_follower_lag_seconds",
+            "Of a server that follows: time since it last saw everything that was committed.",
+            labels=label,
+        )
         shift = GaugeMetricFamily(
             "likewise_embedding_mean_shift",
             "Distance of the mean of recent queries from the mean of the collection's vectors.",
@@ -202,11 +209,13 @@ class _Sizes(Collector):
             vectors.add_metric([*name, "deleted"], sum(s.dead for s in segments))
             size.add_metric(name, sum(s.bytes for s in segments))
             wal.add_metric(name, _size(collection.folder / "records.sqlite-wal"))
+            if isinstance(collection, Follower):
+                lag.add_metric(name, time.monotonic() - collection.looked)
             moved = self._drift.shift(collection)
             if moved is not None:
                 shift.add_metric(name, moved)
         self._drift.forget({c.name for c in collections})
-        return [items, fresh, vectors, size, wal, shift]
+        return [items, fresh, vectors, size, wal, lag, shift]
 
 
 class ReleaseSaid(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -112,7 +113,7 @@ def uid_of(manifest: CollectionManifest) -> str:
     return manifest.uid or sha256_json([manifest.space_id, manifest.dim, manifest.created.isoformat()])[:32]
 
 
-class Readable:
+class Readable(ABC):
     """A collection as those see it who do not write."""
 
     folder: Path
@@ -287,6 +288,18 @@ class Readable:
     def scan(self) -> Iterator[tuple[pa.Table, Embeddings]]:
         """Every live item, block by block, as of now: id, key, payload, source_uri and sequence, and vectors [N, D]."""
         return self._view.scan()
+
+    @abstractmethod
+    def get(self, key: str) -> StoredItem:
+        """A live item. Raises `NotFoundError`."""
+
+    def item(self, record: Record) -> StoredItem:
+        """A row that `page` gave, with its vector; or what its key has become. Raises `NotFoundError`."""
+        return self._stored(record, record.row.key) or self.get(record.row.key)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release files; later calls are refused."""
 
     def written_at(self, key: str) -> int | None:
         """Sequence number of the write that a live item comes from, as of its last commit; None where there is no item."""

@@ -108,7 +108,7 @@ class Releases:
         self._loading = asyncio.Lock()
         for collection in engine.store.all():
             previous = engine.store.pointer(collection.name).previous
-            if previous is not None:
+            if previous is not None and not engine.store.follows:
                 self._standby[collection.name] = Standby(previous, True, State.PREVIOUS)
 
     # --- what is asked ------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class Releases:
         if standby.served is None:
             return 0
         try:
-            live, other = self._engine.store.get(name), standby.served.collection
+            live, other = self._engine.store.get(name), standby.served.writer
             return live.latest() - other.followed if other.manifest.follows == live.uid else live.latest()
         except NotFoundError:  # deleted or closed meanwhile
             return 0
@@ -201,7 +201,8 @@ class Releases:
         return self._changing.setdefault(name, asyncio.Lock())
 
     async def _prepare(self, name: str, release: str, asked: Sequence[Asked], min_overlap: float) -> None:
-        live, _ = self.live(name)
+        live, served = self.live(name)
+        _ = served.writer  # refuses
         if self._folder is None:
             raise PreconditionError(
                 "this server has no folder of releases: start it with --releases FOLDER, where FOLDER/NAME/bundle is a "
@@ -236,7 +237,7 @@ class Releases:
             standby.task = asyncio.create_task(self._bring_up(name, standby))
 
     async def _switch(self, name: str, release: str, leave_out: bool) -> float:
-        self.live(name)
+        _ = self.live(name)[1].writer  # refuses
         async with self._change(name):
             standby = self._standby.get(name)
             if standby is None or standby.release != release:
@@ -247,7 +248,7 @@ class Releases:
             return await self._exchange(name, standby, leave_out)
 
     async def _roll_back(self, name: str, leave_out: bool) -> float:
-        self.live(name)
+        _ = self.live(name)[1].writer  # refuses
         async with self._change(name):
             standby = self._standby.get(name)
             if standby is None or not standby.was_live:
@@ -259,6 +260,7 @@ class Releases:
 
     async def _finish(self, name: str) -> None:
         live, served = self.live(name)
+        _ = served.writer  # refuses
         async with self._change(name):
             standby = self._standby.get(name)
             if standby is None:
@@ -296,7 +298,7 @@ class Releases:
 
     async def _load(self, name: str, standby: Standby) -> None:
         """Its encoder and its collection; and what lets that catch up. Raises `RefusalError` and `ServiceError`."""
-        old, place = self._engine.store.get(name), self._engine.store.place(name, standby.release)
+        old, place = self._engine.store.served(name).writer, self._engine.store.place(name, standby.release)
         async with self._loading:  # two at once might each find the memory that both need
             bundle = await self._run(standby, self._bundle, standby.release, place)
             if bundle.space_id == old.space_id:
@@ -334,7 +336,7 @@ class Releases:
     async def _ask(self, name: str, standby: Standby) -> None:
         """The acceptance queries."""
         assert standby.served is not None and standby.work is not None
-        new, old = standby.served.collection, self._engine.store.get(name)
+        new, old = standby.served.writer, self._engine.store.served(name).writer
         async with standby.turn:
             await self._run(standby, gently, functools.partial(_tidy, standby.work))
             encoder = self._engine.models[new.space_id].encoder
@@ -370,7 +372,7 @@ class Releases:
                 await self._run(standby, work.settle)
                 _check_left_out(name, standby, leave_out)
                 # From here on the one that was live follows the other: what it does not hold is what comes now.
-                old, new = live.collection, other.collection
+                old, new = live.writer, other.writer
                 await self._run(standby, old.follow_from, new.uid, new.latest())
                 pointer = Pointer(live=standby.release, previous=release)
                 other.was_another = True
@@ -397,7 +399,7 @@ class Releases:
             if standby.served is None:
                 await self._load(name, standby)
             elif standby.work is None:
-                old, new = self._engine.store.get(name), standby.served.collection
+                old, new = self._engine.store.served(name).writer, standby.served.writer
                 await self._run(standby, _follow, standby, old, self._engine.models[new.space_id])
         except RefusalError as e:
             raise _refusal(e) from e
@@ -469,7 +471,7 @@ def _follow(standby: Standby, old: Collection, model: Model) -> None:
             raise _stopped()
 
     assert standby.served is not None
-    new = standby.served.collection
+    new = standby.served.writer
     work = Reembedding(old, new, model.encoder, Console(quiet=True))
     again = survey(old, new, meet=check).again
     for low in range(0, len(again), STEP):

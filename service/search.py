@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from export.bundle import Embeddings
-from service.collection import Collection
 from service.errors import ExpiredError, InvalidArgumentError, QueueFullError, ServiceError
 from service.filter import Filter, payload_path
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.pipeline import Priority
+from service.reading import Readable
 from service.served import Served
 from service.servicer import (
     Clock,
@@ -191,7 +191,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
         return pb.StreamSearchResponse(id=message.id, response=response)
 
     async def _answered(
-        self, request: pb.SearchRequest, collection: Collection, ask: _Ask, query: Embeddings, keys: frozenset[str],
+        self, request: pb.SearchRequest, collection: Readable, ask: _Ask, query: Embeddings, keys: frozenset[str],
         context: Context, patient: bool = False,
     ) -> pb.SearchResponse:  # fmt: skip
         """The neighbours of a query [D], as a response without timings."""
@@ -207,7 +207,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
         return found
 
     async def _submitted(
-        self, request: pb.SearchRequest, collection: Collection, ask: _Ask, query: Embeddings, keys: frozenset[str],
+        self, request: pb.SearchRequest, collection: Readable, ask: _Ask, query: Embeddings, keys: frozenset[str],
         context: Context, answer: Callable[[list[Hit]], Any], patient: bool = True,
     ) -> asyncio.Future[Any]:  # fmt: skip
         """The search, as it waits for its turn. Raises `QueueFullError`, or waits for room where it is `patient`."""
@@ -288,7 +288,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
 
 
 def _answer(
-    collection: Collection, query: Embeddings, keys: frozenset[str], ask: _Ask, request: pb.SearchRequest
+    collection: Readable, query: Embeddings, keys: frozenset[str], ask: _Ask, request: pb.SearchRequest
 ) -> pb.SearchResponse:
     """Search, and make the response: in a thread, as many items take their time."""
     rows = query[None]
@@ -307,7 +307,7 @@ def _answer(
     return _page(collection, ask, request, hits)
 
 
-def _page(collection: Collection, ask: _Ask, request: pb.SearchRequest, hits: list[Hit]) -> pb.SearchResponse:
+def _page(collection: Readable, ask: _Ask, request: pb.SearchRequest, hits: list[Hit]) -> pb.SearchResponse:
     """The response from the neighbours up to the page's end."""
     response = pb.SearchResponse()
     _write_page(response, collection, ask, request, hits)
@@ -315,7 +315,7 @@ def _page(collection: Collection, ask: _Ask, request: pb.SearchRequest, hits: li
 
 
 def _stream_page(
-    collection: Collection, ask: _Ask, request: pb.SearchRequest, number: int, hits: list[Hit]
+    collection: Readable, ask: _Ask, request: pb.SearchRequest, number: int, hits: list[Hit]
 ) -> pb.StreamSearchResponse:
     """The same as a response of a stream."""
     response = pb.StreamSearchResponse(id=number)
@@ -324,7 +324,7 @@ def _stream_page(
 
 
 def _write_page(
-    response: pb.SearchResponse, collection: Collection, ask: _Ask, request: pb.SearchRequest, hits: list[Hit]
+    response: pb.SearchResponse, collection: Readable, ask: _Ask, request: pb.SearchRequest, hits: list[Hit]
 ) -> None:
     response.space_id = collection.space_id
     end = ask.offset + ask.top_k
@@ -368,7 +368,7 @@ class _Plain(NamedTuple):
 class _Batch:
     """A batch on its way to its results."""
 
-    collection: Collection
+    collection: Readable
     results: list[pb.BatchSearchResult]
     plain: list[_Plain] = field(default_factory=list)
 
@@ -393,7 +393,7 @@ class _Batch:
                         self.results[each.number].error.CopyFrom(as_refusal("BatchSearch", e).status())
 
 
-def _thumbnails(collection: Collection, hits: Sequence[Hit], request: pb.SearchRequest) -> dict[int, bytes]:
+def _thumbnails(collection: Readable, hits: Sequence[Hit], request: pb.SearchRequest) -> dict[int, bytes]:
     """By id, where the request asks for them."""
     return collection.thumbnails([hit.row.id for hit in hits]) if request.with_thumbnails else {}
 

@@ -6,7 +6,8 @@ import asyncio
 from typing import Self
 
 from service.collection import Collection
-from service.errors import InvalidArgumentError
+from service.errors import InvalidArgumentError, PreconditionError
+from service.reading import Readable
 
 
 class Uses:
@@ -42,13 +43,20 @@ class Served:
     Attributes: `collection`; `uses`, the calls that read it; `writes`, those that are under way.
     """
 
-    def __init__(self, collection: Collection, was_another: bool = False) -> None:
+    def __init__(self, collection: Readable, was_another: bool = False) -> None:
         """`was_another`: the name stood for a collection of another space lately, so that vectors have to say theirs."""
         self.collection = collection
         self.uses, self.writes = Uses(), Uses()
         self.was_another = was_another
         self._moved = False
         self._held: asyncio.Event | None = None
+
+    @property
+    def writer(self) -> Collection:
+        """The collection, to be written to. Raises `PreconditionError` where another process does that."""
+        if not isinstance(self.collection, Collection):
+            raise read_only()
+        return self.collection
 
     async def writable(self) -> None:
         """Once writes are not held back. Raises `MovedError` where they have to go elsewhere."""
@@ -76,3 +84,10 @@ class Served:
                 f"the encoder of the collection {self.collection.name!r} was exchanged, and the vector does not say which "
                 f"one it comes from: set space_id (here {self.collection.space_id})", "SPACE_UNNAMED", f"{path}.space_id",
             )  # fmt: skip
+
+
+def read_only() -> PreconditionError:
+    """What a server that follows says to writes."""
+    return PreconditionError(
+        "this server follows what another process writes (--follow): send writes to that one", "READ_ONLY"
+    )

@@ -20,6 +20,8 @@ from export.bundle import Bundle, Embeddings, RefusalError
 from service import logs
 from service.config import Serve
 from service.errors import InternalError, NotFoundError
+from service.follower import Follower
+from service.following import Following
 from service.gpu_index import keep_to_cpu
 from service.interceptor import CallInterceptor
 from service.items import CollectionService
@@ -146,7 +148,7 @@ class Server:
             bundle = Bundle.open(folder)
             if bundle.space_id not in models:
                 models[bundle.space_id] = model_of(bundle, say)
-        store = Store(asked.collections, models, asked.releases)
+        store = Store(asked.collections, models, asked.releases, asked.follow)
         own = next(iter(models.values())).encoder
         metrics.build_info.labels(
             version=metadata.version("likewise"), space_id=own.space_id, provider=own.runtime.provider
@@ -154,6 +156,7 @@ class Server:
         searcher = Searcher(own.runtime.threads, asked.search_limit, metrics)
         self.engine = Engine(models, searcher, store, metrics, asked.snapshots)
         self._releases = Releases(self.engine, model_of, asked.releases)
+        self._following = Following(self.engine, model_of, asked.collections, asked.releases) if asked.follow else None
         metrics.watch(store, self._releases.said)
         self._health = health.aio.HealthServicer()
         self._checks: asyncio.Task[None] | None = None
@@ -195,6 +198,8 @@ class Server:
                 raise
         for model in self.engine.models.values():
             model.pipeline.start()
+        if self._following is not None:
+            self._following.start()
         await self._health.set(LIVENESS, _SERVING)
         await self._set_ready(await self._check())
         for server in self._servers:
@@ -211,6 +216,8 @@ class Server:
         self.engine.drain()
         await asyncio.gather(*(server.stop(self._asked.grace_seconds) for server in self._servers))
         await self._releases.stop()
+        if self._following is not None:
+            await self._following.stop()
         await asyncio.gather(*(model.pipeline.stop() for model in self.engine.models.values()))
         await asyncio.get_running_loop().run_in_executor(None, self._close)
 
@@ -284,6 +291,8 @@ class Server:
         """Raises `InternalError` where a collection does not answer the vector of its space, if there is one."""
         with self.engine.using(name) as served:
             collection = served.collection
+            if isinstance(collection, Follower) and collection.problem is not None and collection.is_there:
+                raise InternalError(f"the collection {name!r} cannot be followed: {collection.problem}")
             vector = vectors.get(collection.space_id)
             if vector is None:  # its encoder has come since: the next check asks it
                 return

@@ -86,6 +86,7 @@ class Engine:
         self._readers = ThreadPoolExecutor(self.encoder.runtime.threads, thread_name_prefix="read")
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="write")
         self._chores = ThreadPoolExecutor(1, thread_name_prefix="chore")
+        self._lookers = ThreadPoolExecutor(2, thread_name_prefix="look")
         self.snapshots = snapshots
         self.stopping = False
         self._upkeep: dict[str, asyncio.Task[Any]] = {}
@@ -171,6 +172,10 @@ class Engine:
         """Run a blocking call that changes nothing in a thread: never behind a write's fsync."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, call, *arguments)
 
+    async def look(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Run what keeps up with another process in a thread of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._lookers, call, *arguments)
+
     async def write(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking call of the store in a thread; a write that has begun is finished even if its caller leaves."""
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writers, call, *arguments))
@@ -238,10 +243,12 @@ class Engine:
         self._upkeep_after = float("inf")
         self.stopping = True
         for collection in self.store.all():
-            collection.stop_merging()
+            if isinstance(collection, Collection):
+                collection.stop_merging()
         self._chores.shutdown(wait=True, cancel_futures=True)
         self._writers.shutdown(wait=True)
         self._readers.shutdown(wait=True)
+        self._lookers.shutdown(wait=True)
         self.searcher.close()
         self.store.close()
         for model in self.models.values():

