@@ -434,7 +434,10 @@ class _Upload:
             served = self._engine.store.served(request.collection)
             _ = served.writer  # refuses
             self._served = served
-        elif request.collection not in ("", served.collection.name):
+        elif served.has_moved:
+            served = self._engine.store.served(served.collection.name)
+            self._begin_again(served)
+        if request.collection not in ("", served.collection.name):
             raise InvalidArgumentError(
                 f"the stream is into {served.collection.name!r}, the request names {request.collection[:80]!r}: open "
                 "another stream",

@@ -229,9 +229,9 @@ class Reembedding:
         """Writes of the old collection that the new one does not hold yet."""
         return self.old.latest() - self.new.followed
 
-    def step(self, count: int = ROUND) -> bool:
-        """Replay about `count` of the next writes; whether these were all up to now."""
-        writes = self.old.writes(self.new.followed, count)
+    def step(self, count: int | None = None) -> bool:
+        """Replay about `count` of the next writes, or `ROUND`; whether these were all up to now."""
+        writes = self.old.writes(self.new.followed, count or ROUND)
         self._forget(writes.gone)
         self.put(writes.live, follow=True)
         self.new.follow(writes.upto)

@@ -11,6 +11,7 @@ from then on the one that was live follows the other, so that rolling back is an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
 import time
@@ -259,15 +260,16 @@ class Releases:
             return await self._exchange(name, standby, leave_out)
 
     async def _finish(self, name: str) -> None:
-        live, served = self.live(name)
-        _ = served.writer  # refuses
         async with self._change(name):
             standby = self._standby.get(name)
             if standby is None:
+                _ = self.live(name)[1].writer  # refuses
                 return
-            await self._engine.write(self._engine.store.point, name, Pointer(live=live))
+            with contextlib.suppress(NotFoundError):  # deleted meanwhile: nothing to note
+                live, served = self.live(name)
+                await self._engine.write(self._engine.store.point, name, Pointer(live=live))
+                served.was_another = False
             del self._standby[name]
-            served.was_another = False
             await self._unload(standby)
         LOG.info("the release %r of %s is finished", standby.release, name, extra={"event": "release"})
 
@@ -382,11 +384,11 @@ class Releases:
             finally:
                 live.release(moved)
         held = time.monotonic() - start
+        self._standby[name] = Standby(release, True, State.PREVIOUS, served=live)
         if standby.task is not None:
             standby.task.cancel()
-        await self._run(standby, work.close)
+        standby.thread.submit(work.close)
         standby.thread.shutdown(wait=False)
-        self._standby[name] = Standby(release, True, State.PREVIOUS, served=live)
         LOG.info(
             "%s is served from the release %r, writes were held for %.3f s", name, standby.release, held,
             extra={"event": "release"},

@@ -58,6 +58,11 @@ class Served:
             raise read_only()
         return self.collection
 
+    @property
+    def has_moved(self) -> bool:
+        """Whether the name stands for another collection by now."""
+        return self._moved
+
     async def writable(self) -> None:
         """Once writes are not held back. Raises `MovedError` where they have to go elsewhere."""
         while self._held is not None:

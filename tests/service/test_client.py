@@ -114,7 +114,7 @@ def test_the_async_client_does_the_same(running: Running) -> None:
 def failing(running: Running, monkeypatch: pytest.MonkeyPatch, errors: list[Exception]) -> list[float]:
     """The next calls that look for a collection fail with these; when they came."""
     store = running.server.engine.store
-    real: Callable[[str], Any] = store.get
+    real: Callable[[str], Any] = store.served
     seen: list[float] = []
 
     def get(name: str) -> Any:
@@ -123,7 +123,7 @@ def failing(running: Running, monkeypatch: pytest.MonkeyPatch, errors: list[Exce
             raise errors.pop(0)
         return real(name)
 
-    monkeypatch.setattr(store, "get", get)
+    monkeypatch.setattr(store, "served", get)
     return seen
 
 

@@ -127,7 +127,7 @@ def test_a_fault_of_ours_is_logged_with_its_request(
     def broken(*_: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(running.server.engine.store, "get", broken)
+    monkeypatch.setattr(running.server.engine.store, "served", broken)
     with Client(running.address) as client, pytest.raises(CallError) as caught:
         client.get("shapes", "x")
     assert caught.value.code == "INTERNAL" and "a bug" not in str(caught.value)

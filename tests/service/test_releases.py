@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import random
 import shutil
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,6 +22,8 @@ from service import releases
 from service.client import CallError, Client, Expected, NewItem, ReleaseInfo
 from service.collection import Collection
 from service.config import Serve
+from service.pb import likewise_pb2 as pb
+from service.pb import likewise_pb2_grpc as pb_grpc
 from service.server import Server
 from tests.conftest import encode, noise
 from tests.service.running import Running
@@ -228,6 +232,32 @@ def test_the_command_prepares_switches_and_rolls_back(
         assert main(["release", "finish", "shapes", *at]) == 0
         assert main(["release", "switch", "shapes", "v2", *at]) == 1
         assert "prepare 'v2' first" in capsys.readouterr().err
+
+
+def test_a_stream_that_was_silent_goes_on_with_the_encoder_of_now(place: Path, bundle: Path) -> None:
+    with served(place, bundle) as (running, client):
+        client.create_collection("c", keep_originals=True)
+        said: queue.SimpleQueue[pb.StreamUpsertRequest | None] = queue.SimpleQueue()
+        with grpc.insecure_channel(running.address) as channel:
+            stub = pb_grpc.CollectionServiceStub(channel)
+            answers = stub.StreamUpsert(iter(said.get, None))
+            for number in range(3):
+                item = pb.NewItem(key=f"k{number}", image=pb.Image(content=picture(number)))
+                said.put(pb.StreamUpsertRequest(collection="c", items=[item]))
+                answer = next(answers)
+                assert answer.results[0].sequence and answer.space_id == client.release("c").live_space_id
+                if number == 0:
+                    client.prepare_release("c", "v2")
+                    until(client, "c")
+                    client.switch_release("c", "v2")
+                elif number == 1:
+                    client.roll_back_release("c")
+                    client.finish_release("c")  # the encoder that the stream wrote with is gone
+            said.put(None)
+            assert list(answers) == []
+        for number in range(3):
+            (found,) = client.search("c", image=picture(number), top_k=1)
+            assert (found.key, found.score > 0.999) == (f"k{number}", True)
 
 
 class Load:
