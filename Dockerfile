@@ -14,7 +14,7 @@ COPY training ./training
 # [gpu] brings onnxruntime-gpu[cuda,cudnn]: without torch, nothing else brings the CUDA libraries.
 RUN python -m venv /opt/likewise \
     && extra="$(if [ "${VARIANT}" = cuda ]; then echo gpu; else echo cpu; fi)" \
-    && /opt/likewise/bin/pip install --no-cache-dir ".[${extra},serve]"
+    && /opt/likewise/bin/pip install --no-cache-dir ".[${extra},serve,http]"
 
 FROM python:3.12-slim
 LABEL org.opencontainers.image.title="Likewise" \

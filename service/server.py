@@ -9,6 +9,7 @@ import resource
 import signal
 from collections.abc import Callable
 from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -24,6 +25,7 @@ from service.decoding import ProcessDecoder, ThreadDecoder
 from service.encoder import Encoder
 from service.errors import InternalError
 from service.gpu_index import keep_to_cpu
+from service.in_process import InProcessServer
 from service.interceptor import CallInterceptor
 from service.items import CollectionService
 from service.logs import LOG
@@ -33,10 +35,13 @@ from service.pb import likewise_pb2_grpc as pb_grpc
 from service.pipeline import Pipeline
 from service.search import SearchService
 from service.searching import Searcher
-from service.security import Guard, server_credentials
+from service.security import Guard, server_context, server_credentials
 from service.servicer import EncoderService, Engine, ErrorInterceptor
 from service.store import Store
 from service.tracing import Tracing, tracing
+
+if TYPE_CHECKING:
+    from service.http_server import HttpServer
 
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 # Health of the process as such: answered by the event loop alone, whatever the encoder and the collections do.
@@ -70,9 +75,9 @@ async def _serve(asked: Serve) -> int:
     if server.is_open_to_all:
         LOG.warning(
             "%s can be reached from other machines, and everybody may do everything: give --keys or --tls.client-ca, or see "
-            "that only your own network reaches it", asked.host, extra={"event": "open"},
+            "that only your own network reaches it", server.host_for_others, extra={"event": "open"},
         )  # fmt: skip
-    elif asked.keys is not None and asked.tls.certificate is None and not _is_loopback(asked.host):
+    elif asked.keys is not None and asked.tls.certificate is None and server.host_for_others is not None:
         LOG.warning(
             "keys travel unencrypted: give --tls.certificate and --tls.key, or put a proxy with TLS in front",
             extra={"event": "plain"},
@@ -82,6 +87,12 @@ async def _serve(asked: Serve) -> int:
         runtime.variant, runtime.provider, runtime.provider_reason, names,
         extra={"event": "serving", "fields": {"port": server.port, "admin_port": server.admin_port}},
     )  # fmt: skip
+    if asked.http_port is not None:
+        scheme = "http" if asked.tls.certificate is None else "https"
+        LOG.info(
+            "HTTP and JSON on %s://%s:%s", scheme, asked.http_host, server.http_port,
+            extra={"event": "http", "fields": {"http_port": server.http_port}},
+        )  # fmt: skip
     if asked.metrics_port:
         LOG.info("metrics on http://%s:%s/metrics", asked.host, asked.metrics_port)
     await stop.wait()
@@ -89,6 +100,17 @@ async def _serve(asked: Serve) -> int:
     await server.stop()
     LOG.info("stopped", extra={"event": "stopped"})
     return 0
+
+
+def _http_server(asked: Serve, metrics: Metrics) -> HttpServer | None:
+    """Raises `RefusalError`."""
+    if asked.http_port is None:
+        return None
+    try:
+        from service.http_server import HttpServer
+    except ModuleNotFoundError as e:
+        raise RefusalError(f"--http-port needs the package {e.name!r}: pip install 'likewise[http]'") from e
+    return HttpServer(asked, metrics, server_context(asked.tls))
 
 
 def _stop(stop: asyncio.Event, number: int) -> None:
@@ -109,7 +131,7 @@ def _is_loopback(host: str) -> bool:
 class Server:
     """A server in this process's event loop; tests and `serve` use it alike.
 
-    Attributes: `engine`, `port` and `admin_port` (after `start`).
+    Attributes: `engine`, `port`, `admin_port` and `http_port` (after `start`).
     """
 
     def __init__(
@@ -122,6 +144,7 @@ class Server:
         # What is wrong with these is said before the bundle is loaded.
         self._credentials = server_credentials(asked.tls)
         self._guard = None if asked.keys is None else Guard(asked.keys, metrics)
+        self._http = _http_server(asked, metrics)
         self._traces = traces or tracing(asked)
         if asked.device == "cpu":
             keep_to_cpu()
@@ -151,12 +174,19 @@ class Server:
         self._checks: asyncio.Task[None] | None = None
         self.port = 0
         self.admin_port: int | None = None
+        self.http_port: int | None = None
+
+    @property
+    def host_for_others(self) -> str | None:
+        """An address of it that other machines can reach."""
+        hosts = [self._asked.host, *([] if self._http is None else [self._asked.http_host])]
+        return next((host for host in hosts if not _is_loopback(host)), None)
 
     @property
     def is_open_to_all(self) -> bool:
         """Whether other machines reach it, and may do everything."""
         known = self._guard is not None or self._asked.tls.client_ca is not None
-        return not known and not _is_loopback(self._asked.host)
+        return not known and self.host_for_others is not None
 
     def reload(self) -> None:
         """Read the keys again, where there are any."""
@@ -179,17 +209,23 @@ class Server:
             self.admin_port = self._opened(
                 self._servers[1], asked.admin_host, asked.admin_port, "--admin-port or --admin-host"
             )
-        if asked.metrics_port:
-            try:
+        try:
+            if self._http is not None:
+                self.http_port = await self._http.open()
+            if asked.metrics_port:
                 self.engine.metrics.serve(asked.host, asked.metrics_port)
-            except RefusalError:
-                self._close()
-                raise
+        except RefusalError:
+            if self._http is not None:
+                await self._http.close()
+            self._close()
+            raise
         self.engine.pipeline.start()
         await self._health.set(LIVENESS, _SERVING)
         await self._set_ready(await self._check())
         for server in self._servers:
             await server.start()
+        if self._http is not None:
+            await self._http.start(self._made(admin=False, make=InProcessServer), self._is_ready)
         self._checks = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -200,19 +236,20 @@ class Server:
         await self._set_ready(False)  # and alive: nobody should kill what drains
         await asyncio.sleep(self._asked.drain_seconds)
         self.engine.drain()
-        await asyncio.gather(*(server.stop(self._asked.grace_seconds) for server in self._servers))
+        ports = [*self._servers, *([] if self._http is None else [self._http])]
+        await asyncio.gather(*(port.stop(self._asked.grace_seconds) for port in ports))
         await self.engine.pipeline.stop()
         await asyncio.get_running_loop().run_in_executor(None, self._close)
 
-    def _made(self, admin: bool) -> grpc.aio.Server:
-        """A server of everything, or of what its port answers."""
+    def _made(self, admin: bool, make: Callable[..., Any] = grpc.aio.server) -> Any:
+        """A server of everything, or of what its port answers; `make`: of which kind."""
         asked, metrics = self._asked, self.engine.metrics
         size = asked.max_message_mb * 2**20
         calls = CallInterceptor(
             metrics, self._guard, self._traces, asked.log_format == "json" if asked.log_calls is None else asked.log_calls,
             admin_elsewhere=asked.admin_port is not None and not admin, certificates=asked.tls.client_ca is not None,
         )  # fmt: skip
-        server = grpc.aio.server(
+        server = make(
             interceptors=[calls, ErrorInterceptor(metrics)],
             options=[
                 ("grpc.max_receive_message_length", size),
@@ -268,6 +305,9 @@ class Server:
             LOG.warning("not ready, the canary failed: %s", said, extra={"event": "not_ready"})
             return False
         return float(vector @ self._expected) >= self._floor
+
+    async def _is_ready(self) -> bool:
+        return bool((await self._health.Check(health_pb2.HealthCheckRequest(), None)).status == _SERVING)
 
     async def _set_ready(self, ready: bool) -> None:
         for name in ("", *SERVICES):
