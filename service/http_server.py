@@ -270,7 +270,7 @@ class HttpServer:
 
         async def write(answer: Message) -> None:
             as_it_is = request.content_type == PROTO
-            answers.append(answer.SerializeToString() if as_it_is else await self._json(answer))
+            answers.append(self._fitting(answer).SerializeToString() if as_it_is else await self._json(answer))
 
         await self._call(request, method, lambda: read(request, method), write)
         return web.Response(body=answers[0], content_type=PROTO if request.content_type == PROTO else JSON)
