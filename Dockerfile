@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # The serving image: no torch, no compiler, not root.   make image            (CPU)
 #                                                       make image VARIANT=cuda
+# For HTTP and JSON: -p 8080:8080, and serve … --http-host 0.0.0.0 --http-port 8080.
 #   docker run -p 50051:50051 -p 9464:9464 -v $PWD/bundle:/bundle:ro -v $PWD/collections:/collections likewise:cpu
 ARG VARIANT=cpu
 
@@ -14,7 +15,7 @@ COPY training ./training
 # [gpu] brings onnxruntime-gpu[cuda,cudnn]: without torch, nothing else brings the CUDA libraries.
 RUN python -m venv /opt/likewise \
     && extra="$(if [ "${VARIANT}" = cuda ]; then echo gpu; else echo cpu; fi)" \
-    && /opt/likewise/bin/pip install --no-cache-dir ".[${extra},serve]"
+    && /opt/likewise/bin/pip install --no-cache-dir ".[${extra},serve,http]"
 
 FROM python:3.12-slim
 LABEL org.opencontainers.image.title="Likewise" \

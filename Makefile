@@ -36,18 +36,20 @@ test-gpu: $(VENV)/.ready ## Tests that need a CUDA device
 test-scale: $(VENV)/.ready ## Tests on large inputs
 	$(BIN)/python -m pytest -m scale
 
-check: $(VENV)/.ready ## Format, lint, types, buf lint
+check: $(VENV)/.ready ## Format, lint, types, buf lint, generated documents
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	cd proto && ../$(BIN)/buf lint
+	$(BIN)/python -m runs.generate_api --check
 
 format: $(VENV)/.ready ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-proto: $(VENV)/.ready ## Generate service/pb from proto/
+proto: $(VENV)/.ready ## Generate service/pb, service/openapi.json and docs/api.md from proto/
 	$(BIN)/python runs/generate_proto.py
+	$(BIN)/python -m runs.generate_api
 
 bench: $(VENV)/.ready ## Every benchmark (BENCH=--quick for a trial)
 	for name in sop_objective train_step; do $(BIN)/python -m benchmarks.$$name $(BENCH) || exit 1; done

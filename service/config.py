@@ -268,6 +268,13 @@ class Serve(Embedding):
     """What a connection may do."""
     reflection: Literal["on", "admin", "off"] = "on"
     """Where the API describes itself: on both ports, on the admin port, or nowhere."""
+    http_port: int | None = Field(None, ge=0, le=65535)
+    """A port for HTTP and JSON, for browsers and curl; 0 takes a free one. Extra [http]."""
+    http_host: str = "127.0.0.1"
+    """Address of that port."""
+    http_origins: Annotated[list[str], NoDecode] = []
+    """Web pages that may call it, such as https://shop.example; * for all. Of several, each with its --http-origins, or all
+    with commas between."""
     metrics_port: int = Field(9464, ge=0, le=65535)
     """Prometheus port; 0 turns it off."""
     max_batch: int = Field(32, ge=1, le=64)
@@ -301,6 +308,16 @@ class Serve(Embedding):
     """OpenTelemetry collector that traces go to (OTLP over gRPC), such as http://localhost:4317; extra [otel]."""
     trace_share: float = Field(1.0, ge=0, le=1)
     """Share of calls that are traced, of those that do not come with a trace."""
+
+    @field_validator("http_origins", mode="before")
+    @classmethod
+    def _origins(cls, value: object) -> object:
+        given = value if isinstance(value, list) else [value]
+        found = [part.strip() for each in given for part in str(each).split(",")]
+        for origin in found:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+", origin):
+                raise ValueError(f"{origin!r} is no origin: write one such as https://shop.example, without a path")
+        return found
 
     @model_validator(mode="after")
     def _separate(self) -> Self:

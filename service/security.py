@@ -327,15 +327,23 @@ def admin_port_only(method: str) -> ServiceError | None:
 
 def server_credentials(tls: Tls) -> grpc.ServerCredentials | None:
     """What a port is opened with; None for plain text. Raises `RefusalError`."""
+    if tls.certificate is None or tls.key is None or server_context(tls) is None:
+        return None
+    chain = [(tls.key.read_bytes(), tls.certificate.read_bytes())]
+    roots = None if tls.client_ca is None else tls.client_ca.read_bytes()
+    return grpc.ssl_server_credentials(chain, roots, require_client_auth=roots is not None)
+
+
+def server_context(tls: Tls) -> ssl.SSLContext | None:
+    """The same for Python's own sockets; gRPC itself would only say that it cannot open the port. Raises `RefusalError`."""
     if tls.certificate is None or tls.key is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # gRPC itself would only say that it cannot open the port
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(tls.certificate, tls.key, password="")
         if tls.client_ca is not None:
             context.load_verify_locations(tls.client_ca)
-        chain = [(tls.key.read_bytes(), tls.certificate.read_bytes())]
-        roots = None if tls.client_ca is None else tls.client_ca.read_bytes()
+            context.verify_mode = ssl.CERT_REQUIRED
     except ssl.SSLError as e:
         raise RefusalError(
             f"the certificate and key do not go together, or are not PEM ({e.reason or e}): check --tls.certificate "
@@ -343,7 +351,7 @@ def server_credentials(tls: Tls) -> grpc.ServerCredentials | None:
         ) from None
     except OSError as e:
         raise RefusalError(f"a file of --tls cannot be read ({e}): check its path and mode") from None
-    return grpc.ssl_server_credentials(chain, roots, require_client_auth=roots is not None)
+    return context
 
 
 def common_name(auth: object) -> str:

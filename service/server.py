@@ -8,9 +8,10 @@ import ipaddress
 import os
 import resource
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -23,6 +24,7 @@ from service.errors import InternalError, NotFoundError
 from service.follower import Follower
 from service.following import Following
 from service.gpu_index import keep_to_cpu
+from service.in_process import InProcessServer
 from service.interceptor import CallInterceptor
 from service.items import CollectionService
 from service.logs import LOG
@@ -30,14 +32,18 @@ from service.metrics import Metrics
 from service.model import Model
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
+from service.reading import Readable
 from service.release_service import ReleaseService
 from service.releases import Releases
 from service.search import SearchService
 from service.searching import Searcher
-from service.security import Guard, server_credentials
+from service.security import Guard, server_context, server_credentials
 from service.servicer import EncoderService, Engine, ErrorInterceptor
 from service.store import Store, read_pointers
 from service.tracing import Tracing, tracing
+
+if TYPE_CHECKING:
+    from service.http_server import HttpServer
 
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 # Health of the process as such: answered by the event loop alone, whatever the encoder and the collections do.
@@ -71,9 +77,9 @@ async def _serve(asked: Serve) -> int:
     if server.is_open_to_all:
         LOG.warning(
             "%s can be reached from other machines, and everybody may do everything: give --keys or --tls.client-ca, or see "
-            "that only your own network reaches it", asked.host, extra={"event": "open"},
+            "that only your own network reaches it", server.host_for_others, extra={"event": "open"},
         )  # fmt: skip
-    elif asked.keys is not None and asked.tls.certificate is None and not _is_loopback(asked.host):
+    elif asked.keys is not None and asked.tls.certificate is None and server.host_for_others is not None:
         LOG.warning(
             "keys travel unencrypted: give --tls.certificate and --tls.key, or put a proxy with TLS in front",
             extra={"event": "plain"},
@@ -83,6 +89,12 @@ async def _serve(asked: Serve) -> int:
         runtime.variant, runtime.provider, runtime.provider_reason, names,
         extra={"event": "serving", "fields": {"port": server.port, "admin_port": server.admin_port}},
     )  # fmt: skip
+    if asked.http_port is not None:
+        scheme = "http" if asked.tls.certificate is None else "https"
+        LOG.info(
+            "HTTP and JSON on %s://%s:%s", scheme, asked.http_host, server.http_port,
+            extra={"event": "http", "fields": {"http_port": server.http_port}},
+        )  # fmt: skip
     if asked.metrics_port:
         LOG.info("metrics on http://%s:%s/metrics", asked.host, asked.metrics_port)
     await stop.wait()
@@ -90,6 +102,17 @@ async def _serve(asked: Serve) -> int:
     await server.stop()
     LOG.info("stopped", extra={"event": "stopped"})
     return 0
+
+
+def _http_server(asked: Serve, metrics: Metrics) -> HttpServer | None:
+    """Raises `RefusalError`."""
+    if asked.http_port is None:
+        return None
+    try:
+        from service.http_server import HttpServer
+    except ModuleNotFoundError as e:
+        raise RefusalError(f"--http-port needs the package {e.name!r}: pip install 'likewise[http]'") from e
+    return HttpServer(asked, metrics, server_context(asked.tls))
 
 
 def _stop(stop: asyncio.Event, number: int) -> None:
@@ -122,7 +145,7 @@ def _bundles(asked: Serve) -> list[Path]:
 class Server:
     """A server in this process's event loop; tests and `serve` use it alike.
 
-    Attributes: `engine`, `port` and `admin_port` (after `start`).
+    Attributes: `engine`, `port`, `admin_port` and `http_port` (after `start`).
     """
 
     def __init__(
@@ -135,6 +158,7 @@ class Server:
         # What is wrong with these is said before the bundle is loaded.
         self._credentials = server_credentials(asked.tls)
         self._guard = None if asked.keys is None else Guard(asked.keys, metrics)
+        self._http = _http_server(asked, metrics)
         self._traces = traces or tracing(asked)
         if asked.device == "cpu":
             keep_to_cpu()
@@ -162,12 +186,19 @@ class Server:
         self._checks: asyncio.Task[None] | None = None
         self.port = 0
         self.admin_port: int | None = None
+        self.http_port: int | None = None
+
+    @property
+    def host_for_others(self) -> str | None:
+        """An address of it that other machines can reach."""
+        hosts = [self._asked.host, *([] if self._http is None else [self._asked.http_host])]
+        return next((host for host in hosts if not _is_loopback(host)), None)
 
     @property
     def is_open_to_all(self) -> bool:
         """Whether other machines reach it, and may do everything."""
         known = self._guard is not None or self._asked.tls.client_ca is not None
-        return not known and not _is_loopback(self._asked.host)
+        return not known and self.host_for_others is not None
 
     def reload(self) -> None:
         """Read the keys again, where there are any."""
@@ -190,12 +221,16 @@ class Server:
             self.admin_port = self._opened(
                 self._servers[1], asked.admin_host, asked.admin_port, "--admin-port or --admin-host"
             )
-        if asked.metrics_port:
-            try:
+        try:
+            if self._http is not None:
+                self.http_port = await self._http.open()
+            if asked.metrics_port:
                 self.engine.metrics.serve(asked.host, asked.metrics_port)
-            except RefusalError:
-                self._close()
-                raise
+        except RefusalError:
+            if self._http is not None:
+                await self._http.close()
+            self._close()
+            raise
         for model in self.engine.models.values():
             model.pipeline.start()
         if self._following is not None:
@@ -204,6 +239,8 @@ class Server:
         await self._set_ready(await self._check())
         for server in self._servers:
             await server.start()
+        if self._http is not None:
+            await self._http.start(self._made(admin=False, make=InProcessServer), self._is_ready)
         self._checks = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -214,22 +251,23 @@ class Server:
         await self._set_ready(False)  # and alive: nobody should kill what drains
         await asyncio.sleep(self._asked.drain_seconds)
         self.engine.drain()
-        await asyncio.gather(*(server.stop(self._asked.grace_seconds) for server in self._servers))
+        ports = [*self._servers, *([] if self._http is None else [self._http])]
+        await asyncio.gather(*(port.stop(self._asked.grace_seconds) for port in ports))
         await self._releases.stop()
         if self._following is not None:
             await self._following.stop()
         await asyncio.gather(*(model.pipeline.stop() for model in self.engine.models.values()))
         await asyncio.get_running_loop().run_in_executor(None, self._close)
 
-    def _made(self, admin: bool) -> grpc.aio.Server:
-        """A server of everything, or of what its port answers."""
+    def _made(self, admin: bool, make: Callable[..., Any] = grpc.aio.server) -> Any:
+        """A server of everything, or of what its port answers; `make`: of which kind."""
         asked, metrics = self._asked, self.engine.metrics
         size = asked.max_message_mb * 2**20
         calls = CallInterceptor(
             metrics, self._guard, self._traces, asked.log_format == "json" if asked.log_calls is None else asked.log_calls,
             admin_elsewhere=asked.admin_port is not None and not admin, certificates=asked.tls.client_ca is not None,
         )  # fmt: skip
-        server = grpc.aio.server(
+        server = make(
             interceptors=[calls, ErrorInterceptor(metrics)],
             options=[
                 ("grpc.max_receive_message_length", size),
@@ -274,32 +312,34 @@ class Server:
     async def _check(self) -> bool:
         """The canary picture through each encoder, and its vector through the collections of it, within the interval."""
         try:
-            async with asyncio.timeout(self._asked.check_seconds):
-                collections = self.engine.store.all()
-                asked = {self.engine.encoder.space_id, *(collection.space_id for collection in collections)}
-                vectors = {space: (await self.engine.models[space].check()).vector for space in asked}
-                for collection in collections:
+            async with contextlib.AsyncExitStack() as used, asyncio.timeout(self._asked.check_seconds):
+                everything = self.engine.store.all_served()
+                asked = {self.engine.encoder.space_id, *(served.collection.space_id for served in everything)}
+                models = [self.engine.models[space] for space in asked]
+                for uses in (*(model.uses for model in models), *(served.uses for served in everything)):
+                    used.enter_context(uses)
+                vectors = {model.space_id: (await model.check()).vector for model in models}
+                for served in everything:
                     with contextlib.suppress(NotFoundError):  # deleted meanwhile
-                        await self._query(collection.name, vectors)
+                        await self._query(served.collection, vectors[served.collection.space_id])
         except Exception as e:  # whatever it is, the answer is "not ready", and the next check comes
             said = "it took too long" if isinstance(e, TimeoutError) else f"{type(e).__name__}: {e}"
             LOG.warning("not ready, the canary failed: %s", said, extra={"event": "not_ready"})
             return False
         return True
 
-    async def _query(self, name: str, vectors: Mapping[str, Embeddings]) -> None:
-        """Raises `InternalError` where a collection does not answer the vector of its space, if there is one."""
-        with self.engine.using(name) as served:
-            collection = served.collection
-            if isinstance(collection, Follower) and collection.problem is not None and collection.is_there:
-                raise InternalError(f"the collection {name!r} cannot be followed: {collection.problem}")
-            vector = vectors.get(collection.space_id)
-            if vector is None:  # its encoder has come since: the next check asks it
-                return
-            expected = min(1, len(collection))
-            (hits,) = await self.engine.read(collection.search, vector[None], 1)
-            if (len(hits) < expected and len(collection) > 0) or any(not abs(h.score) <= 1 for h in hits):
-                raise InternalError(f"the collection {name!r} does not answer the canary query")
+    async def _query(self, collection: Readable, vector: Embeddings) -> None:
+        """Raises `InternalError` where a collection does not answer a vector of its space."""
+        name = collection.name
+        if isinstance(collection, Follower) and collection.problem is not None and collection.is_there:
+            raise InternalError(f"the collection {name!r} cannot be followed: {collection.problem}")
+        expected = min(1, len(collection))
+        (hits,) = await self.engine.read(collection.search, vector[None], 1)
+        if (len(hits) < expected and len(collection) > 0) or any(not abs(h.score) <= 1 for h in hits):
+            raise InternalError(f"the collection {name!r} does not answer the canary query")
+
+    async def _is_ready(self) -> bool:
+        return bool((await self._health.Check(health_pb2.HealthCheckRequest(), None)).status == _SERVING)
 
     async def _set_ready(self, ready: bool) -> None:
         for name in ("", *SERVICES):

@@ -170,10 +170,14 @@ class Store:
         """A collection by name. Raises `NotFoundError`."""
         return self.served(name).collection
 
+    def all_served(self) -> list[Served]:
+        """What every name stands for, by name."""
+        with self._lock:
+            return [self._served[name] for name in sorted(self._served)]
+
     def all(self) -> list[Readable]:
         """Every collection, by name."""
-        with self._lock:
-            return [self._served[name].collection for name in sorted(self._served)]
+        return [served.collection for served in self.all_served()]
 
     def pointer(self, name: str) -> Pointer:
         """Which release a name stands for."""

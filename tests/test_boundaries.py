@@ -76,6 +76,7 @@ def test_heavy_packages_have_one_importer() -> None:
         "service/transfer.py",
         "service/view.py",
     }
+    assert importers["aiohttp"] == {"service/http_body.py", "service/http_server.py"}
     assert importers["timm"] <= {
         "training/encoder.py",
         "training/loop.py",

@@ -26,6 +26,13 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
         assert path.read_bytes() == (ROOT / "service" / "pb" / path.name).read_bytes(), f"{path.name}: run make proto"
 
 
+def test_generated_documents_are_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "runs.generate_api", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_buf_lint_is_clean() -> None:
     buf = Path(sys.executable).parent / "buf"
     done = subprocess.run([str(buf), "lint"], cwd=ROOT / "proto", capture_output=True, text=True, check=False)
@@ -52,6 +59,7 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert tops == {"service", "training", "export", "likewise.py", next(t for t in tops if t.endswith(".dist-info"))}
     assert {"service/pb/likewise_pb2.py", "export/runtime.py", "training/sop.py"} <= set(names)
+    assert {"service/openapi.json", "service/page.html"} <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
