@@ -10,7 +10,7 @@ RUNTIME ?= cpu
 IMAGES ?=
 MINUTES ?= 2
 
-.PHONY: help setup demo test test-slow test-gpu test-scale check format proto bench image clean
+.PHONY: help setup demo test test-slow test-gpu test-scale check format proto baseline load bench image clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,11 +36,12 @@ test-gpu: $(VENV)/.ready ## Tests that need a CUDA device
 test-scale: $(VENV)/.ready ## Tests on large inputs
 	$(BIN)/python -m pytest -m scale
 
-check: $(VENV)/.ready ## Format, lint, types, buf lint
+check: $(VENV)/.ready ## Format, lint, types, buf lint and breaking
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	cd proto && ../$(BIN)/buf lint
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/baseline.binpb
 
 format: $(VENV)/.ready ## Format and fix what can be fixed
 	$(BIN)/ruff format .
@@ -48,6 +49,12 @@ format: $(VENV)/.ready ## Format and fix what can be fixed
 
 proto: $(VENV)/.ready ## Generate service/pb from proto/
 	$(BIN)/python runs/generate_proto.py
+
+baseline: $(VENV)/.ready ## At a release: the API that `make check` compares later ones with becomes today's
+	$(BIN)/buf build proto --exclude-source-info -o proto/baseline.binpb
+
+load: $(VENV)/.ready ## k6 searches a running server: COLLECTION=NAME ADDRESS=HOST:PORT and more, see deploy/k6/search.js
+	$(BIN)/k6 run --no-usage-report --address "" deploy/k6/search.js
 
 bench: $(VENV)/.ready ## Every benchmark (BENCH=--quick for a trial)
 	for name in sop_objective train_step; do $(BIN)/python -m benchmarks.$$name $(BENCH) || exit 1; done
