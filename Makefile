@@ -58,7 +58,7 @@ load: $(VENV)/.ready ## k6 searches a running server: COLLECTION=NAME ADDRESS=HO
 
 bench: $(VENV)/.ready ## Every benchmark (BENCH=--quick for a trial)
 	for name in sop_objective train_step; do $(BIN)/python -m benchmarks.$$name $(BENCH) || exit 1; done
-	for name in serve_search collections nearest kill_collections data_path alarms kill_training pretrain_small pretrain_tiny stabilisers; do \
+	for name in serve_search start collections nearest kill_collections data_path alarms kill_training pretrain_small pretrain_tiny stabilisers; do \
 	  $(BIN)/python -m benchmarks.$$name --out runs/out/$$name $(BENCH) || exit 1; done
 
 image: ## Container image; VARIANT=cpu or cuda
