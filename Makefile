@@ -10,7 +10,7 @@ RUNTIME ?= cpu
 IMAGES ?=
 MINUTES ?= 2
 
-.PHONY: help setup demo test test-slow test-gpu test-scale check format proto bench image clean
+.PHONY: help setup demo test test-slow test-gpu test-scale check format proto baseline load bench image clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,11 +36,12 @@ test-gpu: $(VENV)/.ready ## Tests that need a CUDA device
 test-scale: $(VENV)/.ready ## Tests on large inputs
 	$(BIN)/python -m pytest -m scale
 
-check: $(VENV)/.ready ## Format, lint, types, buf lint, generated documents
+check: $(VENV)/.ready ## Format, lint, types, buf lint and breaking, generated documents
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	cd proto && ../$(BIN)/buf lint
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/baseline.binpb
 	$(BIN)/python -m runs.generate_api --check
 
 format: $(VENV)/.ready ## Format and fix what can be fixed
@@ -51,9 +52,15 @@ proto: $(VENV)/.ready ## Generate service/pb, service/openapi.json and docs/api.
 	$(BIN)/python runs/generate_proto.py
 	$(BIN)/python -m runs.generate_api
 
+baseline: $(VENV)/.ready ## At a release: the API that `make check` compares later ones with becomes today's
+	$(BIN)/buf build proto --exclude-source-info -o proto/baseline.binpb
+
+load: $(VENV)/.ready ## k6 searches a running server: COLLECTION=NAME ADDRESS=HOST:PORT and more, see deploy/k6/search.js
+	$(BIN)/k6 run --no-usage-report --address "" deploy/k6/search.js
+
 bench: $(VENV)/.ready ## Every benchmark (BENCH=--quick for a trial)
 	for name in sop_objective train_step; do $(BIN)/python -m benchmarks.$$name $(BENCH) || exit 1; done
-	for name in serve_search collections nearest kill_collections data_path alarms kill_training pretrain_small pretrain_tiny stabilisers; do \
+	for name in serve_search start collections nearest kill_collections data_path alarms kill_training pretrain_small pretrain_tiny stabilisers; do \
 	  $(BIN)/python -m benchmarks.$$name --out runs/out/$$name $(BENCH) || exit 1; done
 
 image: ## Container image; VARIANT=cpu or cuda

@@ -231,7 +231,7 @@ def _parse(command: Any, program: str, arguments: list[str]) -> Any:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            flags = CliSettingsSource(settings_cls, cli_parse_args=arguments)
+            flags: CliSettingsSource[BaseSettings] = CliSettingsSource(settings_cls, cli_parse_args=arguments)
             sources.update(
                 {"flag": flags, "environment": env_settings, f"{file}": YamlConfigSettingsSource(settings_cls)}
             )

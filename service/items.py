@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -257,6 +258,7 @@ class CollectionService(pb_grpc.CollectionServiceServicer):
             taken = await self._engine.chore(take, collection.folder, root / request.snapshot, lambda _: None)
         except RefusalError as e:
             raise PreconditionError(str(e), "SNAPSHOT_REFUSED") from e
+        self._engine.metrics.snapshots[collection.uid] = time.time()
         return pb.SnapshotCollectionResponse(snapshot=request.snapshot, sequence=taken.sequence, item_count=taken.items)
 
 

@@ -7,7 +7,7 @@ import functools
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +85,8 @@ class Metrics:
             "likewise_key_images", "Pictures admitted, by the name of the API key.", ["key"], registry=registry
         )
         self.drift = Drift(registry)
+        self.snapshots: dict[str, float] = {}
+        """When the last snapshot of a collection was taken, by its uid."""
         self.ready = Gauge("likewise_ready", "1 while the canary picture and query come back right.", registry=registry)
         self.build_info = Gauge(
             "likewise_build_info",
@@ -95,7 +97,7 @@ class Metrics:
 
     def watch(self, store: Store, releases: Callable[[], Iterable[ReleaseSaid]]) -> None:
         """Export what is read at each scrape: sizes of collections, releases, the process, the GPU."""
-        self.registry.register(_Sizes(store, self.drift))
+        self.registry.register(_Sizes(store, self.drift, self.snapshots))
         self.registry.register(_Releases(releases))
         self.registry.register(_Faults())
         self.registry.register(_GpuMemory())
@@ -170,8 +172,8 @@ class Drift:
 
 
 class _Sizes(Collector):
-    def __init__(self, store: Store, drift: Drift) -> None:
-        self._store, self._drift = store, drift
+    def __init__(self, store: Store, drift: Drift, snapshots: Mapping[str, float]) -> None:
+        self._store, self._drift, self._snapshots = store, drift, snapshots
 
     def collect(self) -> Iterable[Metric]:
         label = ["collection"]
@@ -194,6 +196,16 @@ class _Sizes(Collector):
             "Distance of the mean of recent queries from the mean of the collection's vectors.",
             labels=label,
         )
+        recall = GaugeMetricFamily(
+            "likewise_index_recall_ratio",
+            "Recall@10 against exact search, measured when the segments were made; the mean of their rows.",
+            labels=label,
+        )
+        snapshot = GaugeMetricFamily(
+            "likewise_last_snapshot_timestamp_seconds",
+            "When SnapshotCollection last copied the collection, since the server started.",
+            labels=label,
+        )
         collections = self._store.all()
         for collection in collections:
             name = [collection.name]
@@ -211,11 +223,15 @@ class _Sizes(Collector):
             wal.add_metric(name, _size(collection.folder / "records.sqlite-wal"))
             if isinstance(collection, Follower):
                 lag.add_metric(name, time.monotonic() - collection.looked)
+            if rows := sum(s.rows for s in segments):
+                recall.add_metric(name, sum(s.rows * s.info.recall_at_10 for s in segments) / rows)
+            if (taken := self._snapshots.get(collection.uid)) is not None:
+                snapshot.add_metric(name, taken)
             moved = self._drift.shift(collection)
             if moved is not None:
                 shift.add_metric(name, moved)
         self._drift.forget({c.name for c in collections})
-        return [items, fresh, vectors, size, wal, lag, shift]
+        return [items, fresh, vectors, size, wal, recall, snapshot, lag, shift]
 
 
 class ReleaseSaid(NamedTuple):

@@ -308,6 +308,7 @@ def test_parts_stages_and_drift_are_measured(running: Running, pictures: Path) -
     assert parts == {"segments": 62, "fresh": 2, "deleted": 2}
     assert found['likewise_index_size_bytes{collection="shapes"}'] > 64 * 64 * 4
     assert found['likewise_wal_bytes{collection="shapes"}'] > 0
+    assert found['likewise_index_recall_ratio{collection="shapes"}'] == 1  # a small segment is searched exactly
     for stage in ("decode", "batch", "search"):
         assert found[f'likewise_queue_wait_seconds_count{{stage="{stage}"}}'] >= len(data)
     assert found["process_major_page_faults_total"] >= 0 and found["process_resident_memory_bytes"] > 1e7

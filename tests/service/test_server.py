@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import resource
 import shutil
 import signal
@@ -29,7 +27,6 @@ from service.collection import Collection
 from service.errors import InternalError
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
-from service.server import SERVICES
 from service.sheet import picture_of
 from tests.conftest import encode, noise
 from tests.service.running import Running, address_of
@@ -199,39 +196,6 @@ def test_errors_carry_their_details(running: Running) -> None:
         error = pb_grpc.EncoderServiceStub(channel).Embed(request).results[0].error
         assert error.code == 3 and error.details[1].Unpack(bad)
         assert bad.field_violations[0].field == "images[0].content"
-
-
-def test_reflection_clients_list_our_services_and_search(running: Running, pictures: Path) -> None:
-    from grpc_requests import Client as ReflectionClient
-
-    picture = (pictures / "ring/00005.png").read_bytes()
-    reflected = ReflectionClient.get_by_endpoint(running.address)
-    assert set(SERVICES) | {"grpc.health.v1.Health"} <= set(reflected.service_names)
-    query = {"image": {"content": base64.b64encode(picture).decode()}}
-    request = {"collection": "shapes", "query": query, "top_k": 3}
-    reply = reflected.request("likewise.v1.SearchService", "Search", request)
-    assert [n["item"]["key"] for n in reply["neighbors"]][:1] == ["ring/00005.png"] and len(reply["neighbors"]) == 3
-    # A second one, in Go: buf.
-    buf = [str(Path(sys.executable).parent / "buf"), "curl", "--http2-prior-knowledge", "--protocol", "grpc"]
-    address = f"http://{running.address}/likewise.v1.SearchService/Search"
-    body = json.dumps({"collection": "shapes", "query": {"key": "ring/00005.png"}, "topK": 2})
-    done = subprocess.run([*buf, "-d", body, address], capture_output=True, text=True, check=True, timeout=30)
-    assert len(json.loads(done.stdout)["neighbors"]) == 2
-
-
-def test_stubs_made_from_reflection_alone_work(running: Running, pictures: Path) -> None:
-    from yagrc import reflector as yagrc_reflector
-
-    reflector = yagrc_reflector.GrpcReflectionClient()
-    with grpc.insecure_channel(running.address) as channel:
-        reflector.load_protocols(channel)
-        stub = reflector.service_stub_class("likewise.v1.SearchService")(channel)
-        request_class = reflector.message_class("likewise.v1.SearchRequest")
-        image_class = reflector.message_class("likewise.v1.Image")
-        query_class = reflector.message_class("likewise.v1.Query")
-        query = query_class(image=image_class(content=(pictures / "ring/00005.png").read_bytes()))
-        reply = stub.Search(request_class(collection="shapes", query=query, top_k=3))
-        assert reply.neighbors[0].item.key == "ring/00005.png" and len(reply.neighbors) == 3
 
 
 def test_pictures_of_many_requests_share_batches(running: Running, client: Client) -> None:

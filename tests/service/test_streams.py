@@ -428,6 +428,10 @@ def test_compaction_and_snapshots_while_the_server_serves(stubs: Stubs, tmp_path
 
     taken = snapshot("monday")
     assert (taken.snapshot, taken.item_count, taken.sequence) == ("monday", COUNT + 20, COUNT + 20)
+    said = stubs.running.server.engine.metrics.registry.get_sample_value(
+        "likewise_last_snapshot_timestamp_seconds", {"collection": "many"}
+    )
+    assert said is not None and 0 <= time.time() - said < 60
     assert main(["index", "restore", str(tmp_path / "snapshots" / "monday"), "--out", str(tmp_path / "restored")]) == 0
     assert refusal(lambda: snapshot("monday")) == (grpc.StatusCode.ALREADY_EXISTS, "SNAPSHOT_EXISTS")
     for name in ("", "../up", "A b"):
