@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import ipaddress
 import os
 import resource
@@ -15,7 +17,7 @@ import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from export.bundle import Bundle, RefusalError
+from export.bundle import Bundle, Embeddings, RefusalError
 from export.preprocess import Pixels
 from export.runtime import canary_pixels
 from service import logs
@@ -41,6 +43,7 @@ from service.tracing import Tracing, tracing
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 # Health of the process as such: answered by the event loop alone, whatever the encoder and the collections do.
 LIVENESS = "liveness"
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -50,7 +53,15 @@ def serve(asked: Serve) -> int:
     # Each collection keeps some ten files open; shells allow 1,024 at first and far more on request.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _give_memory_back()
     return asyncio.run(_serve(asked))
+
+
+def _give_memory_back() -> None:
+    """Large blocks are mapped, and unmapped when they are freed. Else glibc raises its threshold up to 32 MiB by itself:
+    after two dozen compactions of 5,000 items a server held 450 MiB instead of 250."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 async def _serve(asked: Serve) -> int:
@@ -147,6 +158,7 @@ class Server:
         self._canary: Pixels = canary_pixels(bundle)[0]
         self._expected = np.asarray(bundle.manifest.canary[0].embedding, np.float32)
         self._floor = bundle.manifest.variants[encoder.runtime.variant].floor(encoder.runtime.provider)
+        pipeline.watch(self._canary, self._is_right)
         self._health = health.aio.HealthServicer()
         self._checks: asyncio.Task[None] | None = None
         self.port = 0
@@ -249,15 +261,22 @@ class Server:
             self._traces.close()
 
     async def _watch(self) -> None:
+        doubted = self.engine.pipeline.doubted
         while True:
-            await asyncio.sleep(self._asked.check_seconds)
+            with contextlib.suppress(TimeoutError):  # what a batch found out changes readiness at once
+                await asyncio.wait_for(doubted.wait(), self._asked.check_seconds)
+            doubted.clear()
             await self._set_ready(await self._check())
 
     async def _check(self) -> bool:
         """One canary picture through the encoder, and its vector through every collection, within the interval."""
         try:
             async with asyncio.timeout(self._asked.check_seconds):
-                vector = (await self.engine.pipeline.embed(self._canary)).vector
+                pipeline = self.engine.pipeline
+                vector = (await pipeline.embed(self._canary)).vector
+                pipeline.sound = self._is_right(vector)
+                if not pipeline.sound:
+                    raise InternalError("the encoder makes another vector of the canary than the bundle says")
                 for collection in self.engine.store.all():
                     expected = min(1, len(collection))
                     (hits,) = await self.engine.read(collection.search, vector[None], 1)
@@ -267,6 +286,9 @@ class Server:
             said = "it took too long" if isinstance(e, TimeoutError) else f"{type(e).__name__}: {e}"
             LOG.warning("not ready, the canary failed: %s", said, extra={"event": "not_ready"})
             return False
+        return True
+
+    def _is_right(self, vector: Embeddings) -> bool:
         return float(vector @ self._expected) >= self._floor
 
     async def _set_ready(self, ready: bool) -> None:
