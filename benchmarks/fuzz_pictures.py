@@ -372,7 +372,7 @@ class Fuzzing:
         first = worker.block[0]
         self._workers[i] = Worker(self._out, i, self._seed)
         # Counts of what it did before are lost with it: they are counted as what they were, unknown.
-        self.counts["not known: the process died later"] += number - first
+        self.counts["(not known, as the process was stopped later)"] += number - first
         self._workers[i].give(number + 1, last)
         self._workers[i].block = first, last
 
@@ -452,9 +452,7 @@ def main() -> None:
         by_coverage(args.out, inputs, args.seed)
         return
     fuzzing = Fuzzing(args.out, args.seed, args.workers, args.seconds)
-    start, before = time.monotonic(), fuzzing.done
     fuzzing.run(inputs)
-    took = time.monotonic() - start
     print(f"\n{cpu_name()}, {args.workers} processes, {len(fuzzing._mutations)} seeds")
     for said, count in fuzzing.counts.most_common(40):
         print(f"  {count:>9,}  {said}")
@@ -462,7 +460,7 @@ def main() -> None:
     for said, count in fuzzing.counts.items():
         reasons[" ".join(said.split()[:1])] += count
     figures = {
-        "inputs": fuzzing.done, "seeds": len(seeds()), "inputs/s": round((fuzzing.done - before) / max(took, 1.0)),
+        "inputs": fuzzing.done, "seeds": len(seeds()),
         "distinct outcomes": len(fuzzing.counts), "outcomes": dict(reasons.most_common()),
         "findings": [said for _, said in fuzzing.findings], "slowest, s": round(fuzzing.slowest[0], 3),
         "memory beyond the start, MiB": fuzzing.peak >> 10,
