@@ -10,7 +10,7 @@ RUNTIME ?= cpu
 IMAGES ?=
 MINUTES ?= 2
 
-.PHONY: help setup demo test test-slow test-gpu test-scale check format proto baseline load bench image clean
+.PHONY: help setup demo test test-slow test-gpu test-scale check format proto baseline load bench soak fuzz image clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,8 +60,16 @@ load: $(VENV)/.ready ## k6 searches a running server: COLLECTION=NAME ADDRESS=HO
 
 bench: $(VENV)/.ready ## Every benchmark (BENCH=--quick for a trial)
 	for name in sop_objective train_step; do $(BIN)/python -m benchmarks.$$name $(BENCH) || exit 1; done
-	for name in serve_search start collections nearest kill_collections data_path alarms kill_training pretrain_small pretrain_tiny stabilisers; do \
+	for name in serve_search start collections nearest kill_collections kill_releases kill_server overload data_path alarms kill_training pretrain_small pretrain_tiny stabilisers; do \
 	  $(BIN)/python -m benchmarks.$$name --out runs/out/$$name $(BENCH) || exit 1; done
+
+soak: MINUTES = 30
+soak: $(VENV)/.ready ## A server under everything at once; MINUTES=30
+	$(BIN)/python -m benchmarks.soak --out runs/out/soak --minutes $(MINUTES) $(BENCH)
+
+fuzz: $(VENV)/.ready ## A million damaged pictures, and calls that nobody means
+	$(BIN)/python -m benchmarks.fuzz_pictures --out runs/out/fuzz_pictures $(BENCH)
+	$(BIN)/python -m benchmarks.fuzz_calls --out runs/out/fuzz_calls $(BENCH)
 
 image: ## Container image; VARIANT=cpu or cuda
 	docker build --build-arg VARIANT=$(or $(VARIANT),cpu) -t likewise:$(or $(VARIANT),cpu) .

@@ -223,6 +223,10 @@ class Connections(BaseModel):
     """A connection without calls is closed after that."""
     max_streams: int = Field(1024, ge=1)
     """Calls at one time on one connection; others wait at the client."""
+    handshake_seconds: float = Field(10.0, ge=0.1)
+    """How long a new connection may take to speak TLS and HTTP/2; then it is closed."""
+    most: int = Field(10_000, ge=1)
+    """Connections at one time on one port; others are closed at once."""
 
     def options(self) -> list[tuple[str, int]]:
         """As gRPC names them."""
@@ -230,10 +234,14 @@ class Connections(BaseModel):
             "keepalive_time_ms": self.keepalive_seconds, "keepalive_timeout_ms": self.keepalive_timeout_seconds,
             "http2.min_ping_interval_without_data_ms": self.ping_seconds, "max_connection_age_ms": self.max_age_seconds,
             "max_connection_age_grace_ms": self.max_age_grace_seconds if self.max_age_seconds else None,
-            "max_connection_idle_ms": self.max_idle_seconds,
+            "max_connection_idle_ms": self.max_idle_seconds, "server_handshake_timeout_ms": self.handshake_seconds,
+            "http2.settings_timeout": self.handshake_seconds, "http2.ping_timeout_ms": self.keepalive_timeout_seconds,
         }  # fmt: skip
         options = [(f"grpc.{name}", int(value * 1000)) for name, value in given.items() if value is not None]
-        return [*options, ("grpc.max_concurrent_streams", self.max_streams), ("grpc.keepalive_permit_without_calls", 1)]
+        return [
+            *options, ("grpc.max_concurrent_streams", self.max_streams), ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.max_allowed_incoming_connections", self.most),
+        ]  # fmt: skip
 
 
 class Serve(Embedding):

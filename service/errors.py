@@ -32,6 +32,9 @@ from google.rpc.status_pb2 import Status
 from export.preprocess import UnreadablePictureError
 
 DOMAIN = "likewise"
+# Bytes of a message, and of a variable in it: clients refuse trailing metadata of more than 8 KiB, in which all of it stands
+# up to three times, percent-encoded or in base64.
+_MESSAGE, _VARIABLE = 1000, 200
 
 
 class ServiceError(Exception):
@@ -53,10 +56,12 @@ class ServiceError(Exception):
 
     def status(self) -> Status:
         """google.rpc.Status with ErrorInfo and the detail that fits."""
-        status = Status(code=self.code, message=str(self))
-        status.details.append(_pack(details.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)))
+        message = _short(str(self), _MESSAGE)
+        metadata = {name: _short(value, _VARIABLE) for name, value in self.metadata.items()}
+        status = Status(code=self.code, message=message)
+        status.details.append(_pack(details.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=metadata)))
         if self.field:
-            violation = details.BadRequest.FieldViolation(field=self.field, description=str(self), reason=self.reason)
+            violation = details.BadRequest.FieldViolation(field=self.field, description=message, reason=self.reason)
             status.details.append(_pack(details.BadRequest(field_violations=[violation])))
         if self.retry_seconds is not None:
             delay = Duration()
@@ -80,7 +85,9 @@ class NotFoundError(ServiceError):
 
     def __init__(self, message: str, kind: str, name: str) -> None:
         super().__init__(message, f"{kind.upper()}_NOT_FOUND", **{kind: name})
-        self._resource = details.ResourceInfo(resource_type=kind, resource_name=name, description=message)
+        self._resource = details.ResourceInfo(
+            resource_type=kind, resource_name=_short(name, _VARIABLE), description=_short(message, _MESSAGE)
+        )
 
     def status(self) -> Status:
         """Adds ResourceInfo."""
@@ -115,7 +122,7 @@ class MismatchError(PreconditionError):
         """Adds PreconditionFailure."""
         status = super().status()
         violation = details.PreconditionFailure.Violation(
-            type=self.reason, subject=self.metadata["expected_space_id"], description=str(self)
+            type=self.reason, subject=self.metadata["expected_space_id"], description=_short(str(self), _MESSAGE)
         )
         status.details.append(_pack(details.PreconditionFailure(violations=[violation])))
         return status
@@ -207,6 +214,15 @@ class InternalError(ServiceError):
 def unreadable(error: UnreadablePictureError, field: str) -> InvalidArgumentError:
     """A picture's refusal as the API says it."""
     return InvalidArgumentError(str(error), error.reason, field)
+
+
+def _short(text: str, limit: int) -> str:
+    """Without its middle, where its UTF-8 has more bytes."""
+    data = text.encode(errors="replace")
+    if len(data) <= limit:
+        return text
+    half = limit // 2 - 4
+    return f"{data[:half].decode(errors='ignore')} ... {data[-half:].decode(errors='ignore')}"
 
 
 def _pack(message: Message) -> AnyMessage:

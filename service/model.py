@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from export.bundle import Bundle
+from export.bundle import Bundle, Embeddings
 from export.preprocess import Pixels
 from export.runtime import canary_pixels
 from service.config import Serve
 from service.decoding import ProcessDecoder, ThreadDecoder
 from service.encoder import Encoder
-from service.errors import InternalError, ServiceError
+from service.errors import InternalError
 from service.metrics import Metrics
 from service.pipeline import Embedded, Pipeline
 from service.served import Uses
@@ -45,6 +45,7 @@ class Model:
         self._canary: Pixels = canary_pixels(bundle)[0]
         self._expected = np.asarray(bundle.manifest.canary[0].embedding, np.float32)
         self._floor = bundle.manifest.variants[encoder.runtime.variant].floor(encoder.runtime.provider)
+        self.pipeline.watch(self._canary, self._is_right)
 
     @property
     def space_id(self) -> str:
@@ -53,13 +54,14 @@ class Model:
 
     async def check(self) -> Embedded:
         """The canary picture's vector. Raises `ServiceError` where it is not what it should be."""
-        try:
-            found = await self.pipeline.embed(self._canary)
-        except ServiceError as e:
-            raise InternalError(f"the encoder {self.space_id} failed on the canary picture: {e}") from e
-        if not float(found.vector @ self._expected) >= self._floor:
-            raise InternalError(f"the encoder {self.space_id} does not embed the canary picture as it should")
+        found = await self.pipeline.embed(self._canary)
+        self.pipeline.sound = self._is_right(found.vector)
+        if not self.pipeline.sound:
+            raise InternalError(f"the encoder {self.space_id} makes another vector of the canary than the bundle says")
         return found
+
+    def _is_right(self, vector: Embeddings) -> bool:
+        return float(vector @ self._expected) >= self._floor
 
     async def stop(self) -> None:
         """Once nobody uses it: stop the pipeline, and free the encoder."""

@@ -31,6 +31,7 @@ from service.errors import (
     UnavailableError,
 )
 from service.metrics import Metrics
+from service.pace import Pace
 from service.tracing import batch_span
 
 # Of so many pictures one is taken from the bulk, however many interactive ones wait.
@@ -91,6 +92,16 @@ class FairQueue:
         """Behind the other jobs of its client."""
         self._lanes[job.priority].setdefault(job.client, deque()).append(job)
 
+    def ahead(self, client: str, priority: Priority) -> int:
+        """How many have their turn before another job of this client, as things are."""
+        found = 0
+        for level in Priority:
+            if level > priority:
+                break
+            turns = len(self._lanes[level].get(client, ())) + 1 if level == priority else None
+            found += sum(len(jobs) if turns is None else min(len(jobs), turns) for jobs in self._lanes[level].values())
+        return found
+
     def pop(self) -> Job:
         """The next one. Raises `IndexError` where there is none."""
         self._taken += 1
@@ -124,6 +135,11 @@ class Admission:
         self._left = asyncio.Event()  # set, and replaced, when somebody leaves
         #: told of each claim before it is granted; may raise `RateLimitedError` and `QuotaError`
         self.charge: Callable[[str, int], None] = lambda client, count: None
+
+    @property
+    def inside(self) -> int:
+        """Pictures that were admitted and are not answered."""
+        return self._inside
 
     def enter(self, client: str, count: int) -> None:
         """Claim room for `count` pictures, before they are decoded; pair with `leave`. Raises `QueueFullError`: all are
@@ -193,7 +209,8 @@ class Pipeline:
     """Pictures in, vectors out.
 
     `decode` maps encoded bytes, and a thumbnail's longer side or None, to pixels; `run` maps uint8 [N, H, W, 3] to float32
-    [N, D]. A batch that fails is tried again picture by picture, so that a poisonous one fails alone.
+    [N, D]. A batch that fails is tried again picture by picture, so that a poisonous one fails alone; unless the canary
+    (`watch`) fails, too: then it is the encoder, and pictures are refused until it is `sound` again.
     """
 
     def __init__(
@@ -213,9 +230,20 @@ class Pipeline:
         self._queue = FairQueue()
         self._waiting = asyncio.Semaphore(0)  # one per job in the queue
         self._decoded: asyncio.Queue[Job] = asyncio.Queue(2 * max_batch)
+        self._pace = Pace()
         self._coming = 0  # jobs before the batch
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="infer")
+        self._canary: Pixels | None = None
+        self._is_right: Callable[[Embeddings], bool] = lambda vector: True
+        #: whether the encoder computes what it must, as far as is known; who looks after it sets it again
+        self.sound = True
+        #: set when it was found not to
+        self.doubted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+
+    def watch(self, canary: Pixels, is_right: Callable[[Embeddings], bool]) -> None:
+        """Where a batch fails, try these pixels, [H, W, 3]: unless their vector is right, the encoder is at fault."""
+        self._canary, self._is_right = canary, is_right
 
     def start(self) -> None:
         """Begin to work; inside a running event loop."""
@@ -233,12 +261,30 @@ class Pipeline:
             _fail(job, _stopping())
         self._thread.shutdown(wait=True)
 
+    def enter(self, client: str, count: int, priority: Priority, deadline: float | None) -> None:
+        """Claim room for `count` pictures; pair with `admission.leave`. Raises `QueueFullError` where there is none, or
+        where they would be ready after their `deadline` only: not where nothing is ahead of them."""
+        if deadline is not None and self.admission.inside:
+            left = deadline - time.monotonic()
+            beyond = self.admission.inside - len(self._queue)  # decoded, or being so
+            wait = self._pace.seconds(self._queue.ahead(client, priority) + beyond + count, self._max_batch)
+            if wait > left > 0:
+                self._metrics.rejected.labels(reason="QUEUE_FULL").inc(count)
+                raise QueueFullError(
+                    f"{wait:.2f} s of work are ahead, and the deadline is in {left:.2f} s: try again shortly, or allow more "
+                    "time", max(0.05, wait - left), wait_seconds=round(wait, 3), left_seconds=round(left, 3),
+                )  # fmt: skip
+        self.admission.enter(client, count)
+
     def submit(
         self, content: bytes, client: str, priority: Priority, deadline: float | None, thumbnail: int | None = None
     ) -> asyncio.Future[Embedded]:
         """Queue an encoded picture that was admitted; `deadline`: in seconds of `time.monotonic`. The future raises
         `UnreadablePictureError` or `ServiceError`."""
         job = Job(client, priority, deadline, asyncio.get_running_loop().create_future(), content, thumbnail)
+        if not self.sound:
+            _fail(job, _unhealthy())
+            return job.done
         self._queue.put(job)
         self._coming += 1
         self._waiting.release()
@@ -320,12 +366,17 @@ class Pipeline:
 
     async def _infer(self, jobs: list[Job]) -> None:
         if not jobs:
+            self._pace.took(0, len(self._queue) + self._decoded.qsize())
             return
         start = time.monotonic()
         decoded = [job.decoded for job in jobs if job.decoded is not None]
         pixels = [each.pixels for each in decoded]
         results = await asyncio.get_running_loop().run_in_executor(self._thread, self._embed_isolated, pixels)
         seconds = time.monotonic() - start
+        if self.sound and any(isinstance(result, UnavailableError) for result in results):
+            self.sound = False
+            self.doubted.set()
+        self._pace.took(len(jobs), len(self._queue) + self._decoded.qsize())
         self._metrics.batch_size.observe(len(jobs))
         self._metrics.inference_seconds.observe(seconds)
         batch = batch_span((job.call for job in jobs), start, start + seconds, len(jobs))
@@ -349,9 +400,19 @@ class Pipeline:
             problem = "the embedding is not finite"
         except Exception as e:  # whatever the runtime raises must reach its caller, not end this task
             problem = f"{type(e).__name__}: {e}"
+        if not self._canary_is_right():
+            return [_unhealthy() for _ in pictures]
         if len(pictures) == 1:
             return [InternalError(f"the encoder failed on this picture ({problem}): report it with the picture")]
         return [result for picture in pictures for result in self._embed_isolated([picture])]
+
+    def _canary_is_right(self) -> bool:
+        if self._canary is None:
+            return True
+        try:
+            return self._is_right(self._run(self._canary[None])[0])
+        except Exception:  # whatever it is, the encoder does not compute
+            return False
 
 
 async def _forever(step: Callable[[], Awaitable[None]]) -> None:
@@ -361,6 +422,12 @@ async def _forever(step: Callable[[], Awaitable[None]]) -> None:
 
 def _stopping() -> UnavailableError:
     return UnavailableError("the server is shutting down: try another replica")
+
+
+def _unhealthy() -> UnavailableError:
+    return UnavailableError(
+        "the encoder fails on its own canary picture: try again shortly, or another replica", "ENCODER_UNHEALTHY"
+    )
 
 
 def _fail(job: Job, error: Exception) -> None:

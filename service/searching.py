@@ -9,6 +9,7 @@ answers, and returns them in one go.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 import weakref
@@ -25,6 +26,7 @@ from service.call import Call, current
 from service.errors import ExpiredError, QueueFullError, UnavailableError
 from service.filter import Filter
 from service.metrics import Metrics
+from service.pace import Pace
 from service.reading import Readable
 from service.view import Hit
 
@@ -32,6 +34,8 @@ from service.view import Hit
 TOGETHER = 64
 # Seconds that the event loop may search at a time.
 AT_ONCE = 0.002
+# Seconds that searches which go together may take in a thread, about: one that comes next waits for them.
+LONGEST = 0.1
 # Neighbours that a search on the event loop may ask for.
 FEW = 100
 
@@ -73,6 +77,8 @@ class Searcher:
         self._lock = threading.Lock()
         self._waiting: deque[Search] = deque()
         self._working = 0
+        self._searching = 0  # searches that threads are at
+        self._pace = Pace()  # of the threads; under the lock
         # Searches that run on the event loop, and seconds that one takes lately: the loop's own.
         self._short: deque[Search] = deque()
         self._seconds: weakref.WeakKeyDictionary[Readable, float] = weakref.WeakKeyDictionary()
@@ -110,6 +116,14 @@ class Searcher:
             self._short.append(search)
             return search.done
         with self._lock:
+            wait = self._pace.seconds(len(self._waiting) + self._searching + 1, self._most(collection, LONGEST))
+            left = math.inf if deadline is None else deadline - search.queued
+            if wait > left > 0 and self._working:
+                self._metrics.rejected.labels(reason="QUEUE_FULL").inc()
+                raise QueueFullError(
+                    f"{wait:.2f} s of searches are ahead, and the deadline is in {left:.2f} s: try again shortly, or allow "
+                    "more time", max(0.05, wait - left), wait_seconds=round(wait, 3), left_seconds=round(left, 3),
+                )  # fmt: skip
             self._waiting.append(search)
             start = self._working < self._threads
             self._working += start
@@ -124,7 +138,7 @@ class Searcher:
     def _search_short(self, loop: asyncio.AbstractEventLoop) -> None:
         """Some of the short searches, on the event loop; then it is others' turn."""
         first = self._short[0]
-        most = min(TOGETHER, max(1, int(AT_ONCE / self._seconds.get(first.collection, AT_ONCE))))
+        most = self._most(first.collection, AT_ONCE)
         together: list[Search] = []
         while self._short and len(together) < most and self._short[0].goes_with(first):
             together.append(self._short.popleft())
@@ -134,10 +148,18 @@ class Searcher:
         if self._short:
             loop.call_soon(self._search_short, loop)
 
+    def _most(self, collection: Readable, seconds: float) -> int:
+        """How many searches take so long together."""
+        return min(TOGETHER, max(1, int(seconds / max(1e-9, self._seconds.get(collection, seconds)))))
+
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        together: list[Search] = []
         while True:
             with self._lock:
+                self._searching -= len(together)
+                self._pace.took(len(together), len(self._waiting))
                 together = self._next()
+                self._searching += len(together)
                 if not together:
                     self._working -= 1
                     return
@@ -155,8 +177,9 @@ class Searcher:
         first = self._waiting[0]
         together: list[Search] = []
         left: deque[Search] = deque()
+        most = self._most(first.collection, LONGEST)
         for search in self._waiting:
-            if len(together) < TOGETHER and search.goes_with(first):
+            if len(together) < most and search.goes_with(first):
                 together.append(search)
             else:
                 left.append(search)

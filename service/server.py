@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import ipaddress
 import os
 import resource
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 # Health of the process as such: answered by the event loop alone, whatever the encoder and the collections do.
 LIVENESS = "liveness"
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -57,7 +59,15 @@ def serve(asked: Serve) -> int:
     # Each collection keeps some ten files open; shells allow 1,024 at first and far more on request.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _give_memory_back()
     return asyncio.run(_serve(asked))
+
+
+def _give_memory_back() -> None:
+    """Large blocks are mapped, and unmapped when they are freed. Else glibc raises its threshold up to 32 MiB by itself:
+    after two dozen compactions of 5,000 items a server held 450 MiB instead of 250."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 async def _serve(asked: Serve) -> int:
@@ -305,8 +315,11 @@ class Server:
             self._traces.close()
 
     async def _watch(self) -> None:
+        doubted = self.engine.pipeline.doubted
         while True:
-            await asyncio.sleep(self._asked.check_seconds)
+            with contextlib.suppress(TimeoutError):  # what a batch found out changes readiness at once
+                await asyncio.wait_for(doubted.wait(), self._asked.check_seconds)
+            doubted.clear()
             await self._set_ready(await self._check())
 
     async def _check(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
 
 from export.bundle import Embeddings
@@ -146,7 +147,7 @@ class Engine:
             if patient:
                 await admission.enter_patiently(client, len(contents))
             else:
-                admission.enter(client, len(contents))
+                model.pipeline.enter(client, len(contents), priority, deadline)
             try:
                 todo = [model.pipeline.submit(c, client, priority, deadline, thumbnail) for c in contents]
                 outcomes = await asyncio.gather(*todo, return_exceptions=True)
@@ -357,7 +358,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             inner = getattr(handler, kind)
             if inner is not None:
                 return getattr(grpc, f"{kind}_rpc_method_handler")(
-                    self._watched(method, inner), request_deserializer=handler.request_deserializer,
+                    self._watched(method, inner),
+                    request_deserializer=_lenient(handler.request_deserializer, handler.request_streaming),
                     response_serializer=handler.response_serializer,
                 )  # fmt: skip
         raise TypeError(f"{method} is of a kind that is not wrapped here")
@@ -373,6 +375,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             code, refused, response = "CANCELLED", None, None
             metrics.in_flight.inc()
             try:
+                if isinstance(request, ServiceError):
+                    raise request
                 response = await inner(request, context)
                 code = "OK"
             except Exception as e:
@@ -388,6 +392,24 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return response
 
         return call
+
+
+def _lenient(parse: Callable[[bytes], Any], streaming: bool) -> Callable[[bytes], Any]:
+    """gRPC answers UNKNOWN where parsing a request fails: a refusal of ours instead, as the request, or raised where a
+    stream is read."""
+
+    def parsed(message: bytes) -> Any:
+        try:
+            return parse(message)
+        except DecodeError:
+            refusal = InvalidArgumentError(
+                "the message cannot be parsed: send one that is encoded as likewise.proto says, with text in UTF-8"
+            )
+            if streaming:
+                raise refusal from None
+            return refusal
+
+    return parsed
 
 
 def as_refusal(method: str, error: BaseException) -> ServiceError:
@@ -423,8 +445,9 @@ def vector_of(vector: pb.Vector, served: Served, path: str) -> Embeddings:
     check_space(vector.space_id, collection.space_id)
     served.check_space(vector.space_id, path)
     row: Embeddings = np.array(vector.values, np.float32)
-    if len(row) == collection.dim and abs(float(row @ row) - 1) < 1e-5:
-        return row  # as most are; `unit_rows` takes ten times as long
+    with np.errstate(over="ignore"):  # such a row is no unit, and `unit_rows` refuses or scales it
+        if len(row) == collection.dim and abs(float(row @ row) - 1) < 1e-5:
+            return row  # as most are; `unit_rows` takes ten times as long
     unit: Embeddings = unit_rows(row, collection.dim, path)[0]
     return unit
 
