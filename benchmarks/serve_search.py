@@ -2,7 +2,7 @@
 by one and as a stream, against echo RPCs with messages of the same size and against raw FAISS; batches of searches against
 raw FAISS.
 
-    python -m benchmarks.serve_search --out FOLDER [--rows 100000] [--device cpu] [--quick]
+    python -m benchmarks.serve_search --out FOLDER [--rows 100000] [--encoder vit_small_patch16_224] [--device cpu] [--quick]
 
 Server and client are two processes on the same cores; 32 calls in flight; ceilings and server alternate, medians of five.
 Calls to the server and to the echo send bytes that were made before, and leave the answers unread, so that both are measured
@@ -137,26 +137,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--encoder", default="vit_small_patch16_224", help="whose vectors have 384 values; vit_micro: 128")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     rows, images, queries, rounds = (2000, 64, 200, 1) if args.quick else (args.rows, 512, 2000, ROUNDS)
 
-    bundle_folder, collections = args.out / "bundle", args.out / f"collections-{rows}"
+    bundle_folder, collections = args.out / args.encoder / "bundle", args.out / args.encoder / f"collections-{rows}"
     if not bundle_folder.is_dir():
         shapes = write_shapes(args.out / "shapes", 64)
         run = [
             "train",
             str(shapes),
             "--out",
-            str(args.out / "run"),
+            str(args.out / args.encoder / "run"),
             "--steps",
             "0",
             "--encoder",
-            "vit_micro",
+            args.encoder,
+            "--image-size",
+            "48",
+            "--patch-size",
+            "8",
             "--resume",
         ]
-        assert likewise(run) == 0 and likewise(["export", str(args.out / "run"), "--out", str(bundle_folder)]) == 0
+        assert likewise(run) == 0 and likewise(["export", str(args.out / args.encoder / "run"), "--out", str(bundle_folder)]) == 0
     bundle = Bundle.open(bundle_folder)
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(256, bundle.dim))
