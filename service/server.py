@@ -34,7 +34,7 @@ from service.pipeline import Pipeline
 from service.search import SearchService
 from service.searching import Searcher
 from service.security import Guard, server_credentials
-from service.servicer import EncoderService, Engine, ErrorInterceptor
+from service.servicer import EncoderService, Engine
 from service.store import Store
 from service.tracing import Tracing, tracing
 
@@ -213,7 +213,7 @@ class Server:
             admin_elsewhere=asked.admin_port is not None and not admin, certificates=asked.tls.client_ca is not None,
         )  # fmt: skip
         server = grpc.aio.server(
-            interceptors=[calls, ErrorInterceptor(metrics)],
+            interceptors=[calls],
             options=[
                 ("grpc.max_receive_message_length", size),
                 ("grpc.max_send_message_length", size),
