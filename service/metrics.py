@@ -24,6 +24,8 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64)
 _SCORES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99)
 # The mean of queries is that of about so many, and is said once there were a tenth of them.
 _RECENT = 1000
+# Searches whose queries go into it together.
+_TOGETHER = 32
 # Rows that a collection's mean is taken over.
 _BASELINE = 10_000
 
@@ -118,22 +120,35 @@ class Drift:
         )  # fmt: skip
         self._lock = threading.Lock()
         self._means: dict[str, tuple[Embeddings, float]] = {}  # by collection: mean of queries, and their number
+        self._recent: dict[str, list[Embeddings]] = {}  # queries that are not in the mean yet
         self._baselines: dict[str, tuple[str, int, Embeddings]] = {}  # uid, items, mean
 
     def searched(self, collection: Readable, queries: Embeddings, best: Sequence[float]) -> None:
         """Queries [Q, D] of one collection, and the scores of their best neighbours."""
-        scores = self._scores.labels(collection=collection.name)
+        name = collection.name
+        scores = self._scores.labels(name)
         for score in best:
             scores.observe(score)
         with self._lock:
-            mean, seen = self._means.get(collection.name, (np.zeros(queries.shape[1], np.float32), 0.0))
+            recent = self._recent.setdefault(name, [])
+            recent.append(queries)
+            if len(recent) >= _TOGETHER:
+                self._fold(name)
+
+    def _fold(self, name: str) -> None:
+        """Take what came since into the mean. Under the lock."""
+        recent = self._recent.pop(name, None)
+        if recent:
+            queries = np.concatenate(recent)
+            mean, seen = self._means.get(name, (np.zeros(queries.shape[1], np.float32), 0.0))
             share = len(queries) / min(seen + len(queries), _RECENT)
             mean = mean + min(1.0, share) * (queries.mean(0) - mean)
-            self._means[collection.name] = (mean, seen + len(queries))
+            self._means[name] = (mean, seen + len(queries))
 
     def shift(self, collection: Readable) -> float | None:
         """Euclidean distance of the means; None while too little is known."""
         with self._lock:
+            self._fold(collection.name)
             mean, seen = self._means.get(collection.name, (None, 0.0))
         if mean is None or seen < _RECENT / 10 or not len(collection):
             return None
@@ -142,8 +157,9 @@ class Drift:
     def forget(self, kept: set[str]) -> None:
         """Collections that are no more."""
         with self._lock:
-            for name in set(self._means) - kept:
-                del self._means[name]
+            for name in (set(self._means) | set(self._recent)) - kept:
+                self._means.pop(name, None)
+                self._recent.pop(name, None)
                 self._baselines.pop(name, None)
                 self._scores.remove(name)
 

@@ -204,7 +204,8 @@ class SearchService(pb_grpc.SearchServiceServicer):
         self, request: pb.SearchRequest, collection: Collection, ask: _Ask, query: Embeddings, keys: frozenset[str],
         context: Context, page: Callable[[list[Any]], Any], patient: bool = True,
     ) -> asyncio.Future[Any]:  # fmt: skip
-        """The search, as it waits for its turn; `page` makes its answer. Raises `QueueFullError`, or waits for room where it is `patient`."""
+        """The search, as it waits for its turn; `page` makes its answer. Raises `QueueFullError`, or waits for room where it
+        is `patient`."""
         while True:
             try:
                 return self._engine.searcher.submit(
@@ -399,9 +400,9 @@ class _Batch:
                     else:
                         nothing = [_NONE] * len(part)
                         found = self.collection.nearest(vectors, k, min_score, filters, nothing, self.items)
-                    for each, rows in zip(part, found, strict=True):
+                    for each, near in zip(part, found, strict=True):
                         response = self.results[each.number].response
-                        _write_page(response, self.collection, each.ask, each.request, rows)
+                        _write_page(response, self.collection, each.ask, each.request, near)
                 except Exception as e:  # what all of them have in common
                     for each in part:
                         self.results[each.number].error.CopyFrom(as_refusal("BatchSearch", e).status())

@@ -29,7 +29,6 @@ GROUPED = 10_000
 TOLERANCE = 2e-6
 
 
-T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
 
@@ -40,13 +39,13 @@ class Hit(NamedTuple):
     score: float
 
 
-class Read(Protocol[T_co]):
+class Read(Protocol[T]):
     """What is read of the rows that were found."""
 
-    def stored(self, segment: Segment, positions: Sequence[int]) -> list[T_co]:
+    def stored(self, segment: Segment, positions: Sequence[int]) -> list[T]:
         """Of a segment's rows."""
 
-    def fresh(self, rows: Sequence[StoredRow]) -> list[T_co]:
+    def fresh(self, rows: Sequence[StoredRow]) -> list[T]:
         """Of rows that no segment holds yet."""
 
 
@@ -177,7 +176,9 @@ class View:
         others = np.flatnonzero(~apart)
         rows = []
         for row_scores, row_positions in zip(scores[others].tolist(), positions[others].tolist(), strict=True):
-            row: list[_Found] = [each for each in zip(row_scores, itertools.repeat(part), row_positions) if each[2] >= 0]
+            row: list[_Found] = [
+                each for each in zip(row_scores, itertools.repeat(part), row_positions) if each[2] >= 0
+            ]
             rows.append(self._ranked(row, k, frozenset(), min_score, may_tie=True))
         for i, each in zip(others.tolist(), self._with(read, rows), strict=True):
             found.insert(i, each)
@@ -351,7 +352,7 @@ def _with_ties(
 
 def _are_apart(scores: Embeddings) -> npt.NDArray[np.bool_]:
     """Whether the scores [Q, N] of each query descend, and no two of them may be equal to six digits: [Q]."""
-    apart: npt.NDArray[np.bool_] = (scores[:, 1:] < scores[:, :-1] - 2e-6).all(axis=1)
+    apart: npt.NDArray[np.bool_] = np.all(scores[:, 1:] < scores[:, :-1] - 2e-6, axis=1)
     return apart
 
 
