@@ -19,6 +19,7 @@ from export.bundle import Embeddings
 from service.collection import Collection
 from service.errors import ExpiredError, InvalidArgumentError, QueueFullError, ServiceError
 from service.filter import Filter, payload_path
+from service.index import searching
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.pipeline import Priority
@@ -382,6 +383,10 @@ class _Batch:
 
     def search(self, deadline: float | None) -> None:
         """Answer the plain requests, in a thread: those alike go through the index together."""
+        with searching():
+            self._search(deadline)
+
+    def _search(self, deadline: float | None) -> None:
         alike: dict[tuple[int, float | None, bool], list[_Plain]] = {}
         for each in self.plain:
             ask = each.ask
@@ -394,7 +399,7 @@ class _Batch:
                 try:
                     vectors = np.stack([each.vector for each in part])
                     filters = [each.ask.wanted for each in part]
-                    found: Sequence[list[Any]]
+                    found: Any
                     if pictured:
                         found = self.collection.search(vectors, k, min_score, filters=filters)
                     else:

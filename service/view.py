@@ -146,7 +146,8 @@ class View:
         read: Read[T],
     ) -> list[list[tuple[T, float]]]:
         """The same with what is read of each row, and its score."""
-        if len(self.parts) == 1 and not self.fresh.live and not any(filters) and not any(left_out):
+        alone = len(self.parts) == 1 and not self.fresh.live and self.parts[0].count > k
+        if alone and not any(filters) and not any(left_out):
             return self._nearest_of_one(self.parts[0], queries, k, min_score, read)
         return self._with(read, self._nearest(queries, k, filters, left_out, min_score))
 
@@ -154,18 +155,11 @@ class View:
         self, part: Part, queries: Embeddings, k: int, min_score: float | None, read: Read[T]
     ) -> list[list[tuple[T, float]]]:
         """`nearest` where there is one segment, and no filter: answers that need no ordering are taken as they come, as
-        nearly all are."""
-        if not part.count:
-            return [[] for _ in queries]
-        search = functools.partial(part.segment.search, live=part.live, live_count=part.count)
-        scores, positions = _with_ties(search, queries, k, part.count)
-        apart = _are_apart(scores[:, : k + 1])
-        if scores.shape[1] <= k:
-            apart[:] = False
-        else:
-            apart &= positions[:, k - 1] >= 0
-            if min_score is not None:
-                apart &= scores[:, k - 1] >= min_score - TOLERANCE
+        nearly all are; the others are found once more, and ordered."""
+        scores, positions = part.segment.search(queries, k + 1, part.live, part.count)
+        apart = _are_apart(scores) & (positions[:, k - 1] >= 0)
+        if min_score is not None:
+            apart &= scores[:, k - 1] >= min_score - TOLERANCE
         whole = bool(apart.all())
         tops, at = (scores[:, :k], positions[:, :k]) if whole else (scores[apart, :k], positions[apart, :k])
         flat: list[int] = at.ravel().tolist()
@@ -174,12 +168,8 @@ class View:
         if whole:
             return found
         others = np.flatnonzero(~apart)
-        rows = []
-        for row_scores, row_positions in zip(scores[others].tolist(), positions[others].tolist(), strict=True):
-            row: list[_Found] = [
-                each for each in zip(row_scores, itertools.repeat(part), row_positions) if each[2] >= 0
-            ]
-            rows.append(self._ranked(row, k, frozenset(), min_score, may_tie=True))
+        nothing = [None] * len(others), [frozenset[str]()] * len(others)
+        rows = self._nearest(queries[others], k, *nothing, min_score)
         for i, each in zip(others.tolist(), self._with(read, rows), strict=True):
             found.insert(i, each)
         return found
