@@ -2,11 +2,11 @@
 by one and as a stream, against echo RPCs with messages of the same size and against raw FAISS; batches of searches against
 raw FAISS.
 
-    python -m benchmarks.serve_search --out FOLDER [--rows 100000] [--device cpu] [--quick]
+    python -m benchmarks.serve_search --out FOLDER [--rows 100000] [--encoder vit_small_patch16_224] [--images 512] [--quick]
 
 Server and client are two processes on the same cores; 32 calls in flight; ceilings and server alternate, medians of five.
-Calls to the server and to the echo send bytes that were made before, and leave the answers unread, so that both are measured
-with the same client.
+Raw FAISS is the collection's own index, opened a second time. Calls to the server and to the echo send bytes that were made
+before, and leave the answers unread, so that both are measured with the same client.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from likewise import main as likewise
 from service.collection import Collection
 from service.config import Embedding
 from service.encoder import Encoder
-from service.index import Effort, build_index, search_index
+from service.index import Effort, search_index
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.records import NewRow
+from service.segment import Segment
 from tests.service.running import address_of
 from tests.shapes import write_shapes
 
@@ -137,26 +138,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument(
+        "--encoder", default="vit_small_patch16_224", help="whose vectors have 384 values; vit_micro: 128"
+    )
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="serve_search", help="of the results' file")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    rows, images, queries, rounds = (2000, 64, 200, 1) if args.quick else (args.rows, 512, 2000, ROUNDS)
+    rows, images, queries, rounds = (2000, 64, 200, 1) if args.quick else (args.rows, args.images, 2000, ROUNDS)
 
-    bundle_folder, collections = args.out / "bundle", args.out / f"collections-{rows}"
+    folder = args.out / args.encoder
+    bundle_folder, collections = folder / "bundle", folder / f"collections-{rows}"
     if not bundle_folder.is_dir():
         shapes = write_shapes(args.out / "shapes", 64)
-        run = [
-            "train",
-            str(shapes),
-            "--out",
-            str(args.out / "run"),
-            "--steps",
-            "0",
-            "--encoder",
-            "vit_micro",
-            "--resume",
-        ]
-        assert likewise(run) == 0 and likewise(["export", str(args.out / "run"), "--out", str(bundle_folder)]) == 0
+        run = ["train", str(shapes), "--out", str(folder / "run"), "--steps", "0", "--encoder", args.encoder]
+        run += ["--image-size", "48", "--patch-size", "8", "--resume"]
+        assert likewise(run) == 0 and likewise(["export", str(folder / "run"), "--out", str(bundle_folder)]) == 0
     bundle = Bundle.open(bundle_folder)
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(256, bundle.dim))
@@ -174,7 +172,7 @@ def main() -> None:
     )  # fmt: skip
     address = address_of(server)
     try:
-        figures = asyncio.run(measure(address, bundle, vectors, args.device, images, queries, rounds))
+        figures = asyncio.run(measure(address, bundle, collections, vectors, args.device, images, queries, rounds))
     finally:
         server.terminate()
         server.wait()
@@ -206,15 +204,23 @@ def main() -> None:
             0.75,
         ),
     ]
-    finish("serve_search", figures, goals, 0, args.quick)
+    finish(args.name, figures, goals, 0, args.quick)
 
 
 async def measure(
-    address: str, bundle: Bundle, vectors: np.ndarray, device: str, images: int, queries: int, rounds: int
+    address: str,
+    bundle: Bundle,
+    collections: Path,
+    vectors: np.ndarray,
+    device: str,
+    images: int,
+    queries: int,
+    rounds: int,
 ) -> dict[str, float]:
     pictures = photographs(16)
     encoder = Encoder(bundle, Embedding.model_validate({"bundle": bundle.folder, "device": device}))
-    index, info = build_index(vectors)
+    segment = Segment(next((collections / "c" / "segments").iterdir()))
+    index, info = segment._index, segment.info
     asked = [v.tolist() for v in vectors[:: max(1, len(vectors) // 500)]]
     async with grpc.aio.insecure_channel(address) as channel:
         embed = pb_grpc.EncoderServiceStub(channel).Embed

@@ -65,6 +65,8 @@ _BATCH = 16
 # Below so many dimensions four bits are too few for four values.
 _FEW_DIMENSIONS = 256
 _local = threading.local()
+#: threads that search batches now
+_searching: set[int] = set()
 T = TypeVar("T")
 
 
@@ -137,10 +139,21 @@ def _threads() -> int:
     return int(getattr(_local, "threads", _THREADS))
 
 
+@contextlib.contextmanager
+def searching() -> Iterator[None]:
+    """This thread searches for a while, and shares the cores with the others that do."""
+    me = threading.get_ident()
+    _searching.add(me)
+    try:
+        yield
+    finally:
+        _searching.discard(me)
+
+
 def _spare_threads(queries: int) -> None:
     """One thread of FAISS's for a few queries, in the calling thread alone: they are over before a second thread has begun,
-    and where every core is busy, a region of two threads waits for the slower."""
-    faiss.omp_set_num_threads(_threads() if queries >= _BATCH else 1)
+    and where every core is busy, a region of two threads waits for the slower. So it is where several threads search."""
+    faiss.omp_set_num_threads(max(1, _threads() // max(1, len(_searching))) if queries >= _BATCH else 1)
 
 
 def candidates(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -15,6 +14,7 @@ from service.errors import ServiceError
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.security import _REFLECTION, Guard, admin_port_only, common_name
+from service.servicer import lenient, watched
 from service.tracing import Tracing
 
 REQUEST_ID = "x-request-id"
@@ -24,6 +24,8 @@ METHODS = {
     for service in pb.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
+# What is among our methods: a stream of requests with one response is not.
+_KINDS = ("unary_unary", "unary_stream", "stream_stream")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 Handler = Any  # grpc.RpcMethodHandler: its types do not say which of its four behaviours is there
@@ -43,9 +45,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         certificates: bool = False,
     ) -> None:
         """`admin_elsewhere`: admin methods have a port of their own, not this. `certificates`: clients show them."""
-        self._certificates = certificates
+        self.certificates, self.log_calls = certificates, log_calls
         self._metrics, self._guard, self._tracing = metrics, guard, tracing
-        self._log_calls, self._admin_elsewhere = log_calls, admin_elsewhere
+        self._admin_elsewhere = admin_elsewhere
         self._made: dict[str, tuple[Handler, Handler]] = {}  # by method: handler, and what it became
 
     async def intercept_service(
@@ -53,9 +55,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Health is open; reflection asks for a key where there are any; our own methods get everything."""
         method = details.method.removeprefix("/")
-        reflection = method.partition("/")[0] in _REFLECTION
-        if method not in METHODS and not (reflection and self._guard is not None):
-            return await continuation(details)
+        reflection = False
+        if method not in METHODS:
+            reflection = method.partition("/")[0] in _REFLECTION
+            if not reflection or self._guard is None:
+                return await continuation(details)
         headers = {name: value for name, value in details.invocation_metadata or () if isinstance(value, str)}
         call = Call(method, request_id(headers.get(REQUEST_ID)))
         begin(call)
@@ -77,7 +81,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Of the streaming kind whatever the method: that one begins before a message was received."""
 
         async def refuse(_: Any, context: Context) -> None:
-            async with self._around(call, context):
+            with _Around(self, call, context):
                 await self._refuse(call, context, error)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -95,33 +99,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """A method's handler with what happens around it; made once, as there are thousands of calls a second."""
         before, wrapped = self._made.get(method, (None, None))
         if before is not handler:
-            wrapped = self._wrap(handler)
+            wrapped = self._wrap(method, handler)
             self._made[method] = handler, wrapped
         return wrapped
 
-    def _wrap(self, handler: Handler) -> Handler:
-        inner = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
+    def _wrap(self, method: str, handler: Handler) -> Handler:
+        kind = next(kind for kind in _KINDS if getattr(handler, kind) is not None)
+        inner = watched(method, getattr(handler, kind), self._metrics)
         streams = handler.request_streaming
 
         async def behave(request: Any, context: Context) -> Any:
             call = current()
             assert call is not None
-            async with self._around(call, context):
-                await self._charge(call, context, request)
-                answers = inner(request, self._paced(call, context) if streams else context)
-                if hasattr(answers, "__aiter__"):
-                    async for answer in answers:
-                        await context.write(answer)
-                    return None
-                return await answers  # one answer, or a stream that writes by itself
+            with _Around(self, call, context):
+                if self._guard is not None:
+                    await self._charge(call, context, request)
+                    if streams:
+                        context = self._paced(call, context)
+                return await inner(request, context)  # one answer, or a stream that writes by itself
 
-        make: Any = {
-            (False, False): grpc.unary_unary_rpc_method_handler, (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler, (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]  # fmt: skip
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
             behave,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=lenient(handler.request_deserializer, streams),
             response_serializer=handler.response_serializer,
         )
 
@@ -139,23 +139,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         paced: Any = _Paced(context, functools.partial(self._guard.pace, call.key))
         return paced  # type: ignore[no-any-return]
 
-    @asynccontextmanager
-    async def _around(self, call: Call, context: Context) -> AsyncIterator[None]:
+
+class _Around:
+    """What is said of a call to its caller, its trace and the log, whatever becomes of it. A class, as a generator in its
+    place takes five times as long."""
+
+    __slots__ = ("_call", "_context", "_interceptor")
+
+    def __init__(self, interceptor: CallInterceptor, call: Call, context: Context) -> None:
+        self._interceptor, self._call, self._context = interceptor, call, context
+
+    def __enter__(self) -> None:
+        call, context = self._call, self._context
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-        if self._certificates and not call.client:
+        if self._interceptor.certificates and not call.client:
             call.client = common_name(context.auth_context())
-        code = "OK"
-        try:
-            yield
-        except BaseException as e:
-            found: Any = context.code()  # an enum or 0, whatever its type says
-            code = found.name if found else "UNKNOWN" if isinstance(e, Exception) else "CANCELLED"
-            raise
-        finally:
-            if call.span is not None:
-                call.span.end(code)
-            if self._log_calls:
-                logs.log_call(call, code)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        call, code = self._call, "OK"
+        if error is not None:
+            found: Any = self._context.code()  # an enum or 0, whatever its type says
+            code = found.name if found else "UNKNOWN" if isinstance(error, Exception) else "CANCELLED"
+        if call.span is not None:
+            call.span.end(code)
+        if self._interceptor.log_calls:
+            logs.log_call(call, code)
 
 
 class _Paced:

@@ -27,6 +27,8 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64)
 _SCORES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99)
 # The mean of queries is that of about so many, and is said once there were a tenth of them.
 _RECENT = 1000
+# Searches whose queries go into it together.
+_TOGETHER = 32
 # Rows that a collection's mean is taken over.
 _BASELINE = 10_000
 
@@ -124,24 +126,40 @@ class Drift:
         )  # fmt: skip
         self._lock = threading.Lock()
         self._means: dict[str, tuple[str, Embeddings, float]] = {}  # by name: uid, mean of queries, and their number
+        self._recent: dict[str, tuple[str, list[Embeddings]]] = {}  # uid, and queries that are not in the mean yet
         self._baselines: dict[str, tuple[str, int, Embeddings]] = {}  # uid, items, mean
 
     def searched(self, collection: Readable, queries: Embeddings, best: Sequence[float]) -> None:
         """Queries [Q, D] of one collection, and the scores of their best neighbours."""
-        scores = self._scores.labels(collection=collection.name)
+        name = collection.name
+        scores = self._scores.labels(name)
         for score in best:
             scores.observe(score)
         with self._lock:
-            uid, mean, seen = self._means.get(collection.name, ("", queries[0], 0.0))
+            uid, recent = self._recent.get(name, ("", []))
             if uid != collection.uid:  # the first of its queries, or of another encoder since the last
+                recent = []
+                self._recent[name] = (collection.uid, recent)
+            recent.append(queries)
+            if len(recent) >= _TOGETHER:
+                self._fold(name)
+
+    def _fold(self, name: str) -> None:
+        """Take what came since into the mean. Under the lock."""
+        uid, recent = self._recent.pop(name, ("", []))
+        if recent:
+            queries = np.concatenate(recent)
+            before, mean, seen = self._means.get(name, ("", queries[0], 0.0))
+            if before != uid:
                 mean, seen = np.zeros(queries.shape[1], np.float32), 0.0
             share = len(queries) / min(seen + len(queries), _RECENT)
             mean = mean + min(1.0, share) * (queries.mean(0) - mean)
-            self._means[collection.name] = (collection.uid, mean, seen + len(queries))
+            self._means[name] = (uid, mean, seen + len(queries))
 
     def shift(self, collection: Readable) -> float | None:
         """Euclidean distance of the means; None while too little is known."""
         with self._lock:
+            self._fold(collection.name)
             uid, mean, seen = self._means.get(collection.name, ("", None, 0.0))
         if mean is None or uid != collection.uid or seen < _RECENT / 10 or not len(collection):
             return None
@@ -150,8 +168,9 @@ class Drift:
     def forget(self, kept: set[str]) -> None:
         """Collections that are no more."""
         with self._lock:
-            for name in set(self._means) - kept:
-                del self._means[name]
+            for name in (set(self._means) | set(self._recent)) - kept:
+                self._means.pop(name, None)
+                self._recent.pop(name, None)
                 self._baselines.pop(name, None)
                 self._scores.remove(name)
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,9 @@ from service.originals import MissingOriginalError, Originals
 from service.policy import IndexPolicy
 from service.records import ClosedError, Reader, Reads, Record, Writes
 from service.segment import Segment, StoredRow
-from service.view import Hit, Part, View
+from service.view import Hit, Part, Read, View
+
+T = TypeVar("T")
 
 COLLECTION_FORMAT = 2
 OLDEST_FORMAT = 1
@@ -192,6 +194,18 @@ class Readable(ABC):
         queries = unit_rows(queries, self.dim, "vector")
         each = [filters] * len(queries) if filters is None or isinstance(filters, Filter) else filters
         return self._view.search(queries, k, each, leave_out or [frozenset()] * len(queries), min_score)
+
+    def nearest(
+        self,
+        queries: Embeddings,
+        k: int,
+        min_score: float | None,
+        filters: Sequence[Filter | None],
+        leave_out: Sequence[frozenset[str]],
+        read: Read[T],
+    ) -> list[list[tuple[T, float]]]:
+        """The same of queries [Q, D] that are known to have length 1, with what is read of each row in place of the row."""
+        return self._view.nearest(queries, k, filters, leave_out, min_score, read)
 
     def search_groups(
         self,

@@ -19,6 +19,7 @@ import numpy as np
 from export.bundle import Embeddings
 from service.errors import ExpiredError, InvalidArgumentError, QueueFullError, ServiceError
 from service.filter import Filter, payload_path
+from service.index import searching
 from service.pb import likewise_pb2 as pb
 from service.pb import likewise_pb2_grpc as pb_grpc
 from service.pipeline import Priority
@@ -37,6 +38,7 @@ from service.servicer import (
 )
 from service.streams import Load, Stream, Unordered
 from service.view import Hit
+from service.wire import Items, neighbors
 
 MAX_TOP_K = 1000
 MAX_DEPTH = 10_000
@@ -65,6 +67,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._items = Items()
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:  # noqa: N802
         """See the proto."""
@@ -92,7 +95,7 @@ class SearchService(pb_grpc.SearchServiceServicer):
         engine, collection = self._engine, served.collection
         check_count(len(request.requests), MAX_REQUESTS, "requests")
         response = pb.BatchSearchResponse(space_id=collection.space_id)
-        batch = _Batch(collection, [response.results.add() for _ in request.requests])
+        batch = _Batch(collection, [response.results.add() for _ in request.requests], self._items)
         others = []
         for i, each in enumerate(request.requests):
             try:
@@ -159,8 +162,8 @@ class SearchService(pb_grpc.SearchServiceServicer):
                     collection, ask = served.collection, _ask(request)
                     if _is_plain(request, ask):
                         query = vector_of(request.query.vector, served, "request.query.vector")
-                        answer = functools.partial(_stream_page, collection, ask, request, number)
-                        work = await self._submitted(request, collection, ask, query, _NONE, context, answer)
+                        page = functools.partial(_stream_page, collection, ask, request, number)
+                        work = await self._submitted(request, collection, ask, query, _NONE, context, page)
                     else:
                         work = asyncio.create_task(self._streamed(message, served, ask, context))
                     answered = used.pop_all()
@@ -200,22 +203,23 @@ class SearchService(pb_grpc.SearchServiceServicer):
             response = await self._engine.read(_answer, collection, query, keys, ask, request)
             self._engine.metrics.search_seconds.observe(time.monotonic() - start)
             return response
-        answer = functools.partial(_page, collection, ask, request)
+        page = functools.partial(_page, collection, ask, request)
         found: pb.SearchResponse = await (
-            await self._submitted(request, collection, ask, query, keys, context, answer, patient)
+            await self._submitted(request, collection, ask, query, keys, context, page, patient)
         )
         return found
 
     async def _submitted(
         self, request: pb.SearchRequest, collection: Readable, ask: _Ask, query: Embeddings, keys: frozenset[str],
-        context: Context, answer: Callable[[list[Hit]], Any], patient: bool = True,
+        context: Context, page: Callable[[list[Any]], Any], patient: bool = True,
     ) -> asyncio.Future[Any]:  # fmt: skip
-        """The search, as it waits for its turn. Raises `QueueFullError`, or waits for room where it is `patient`."""
+        """The search, as it waits for its turn; `page` makes its answer. Raises `QueueFullError`, or waits for room where it
+        is `patient`."""
         while True:
             try:
                 return self._engine.searcher.submit(
-                    collection, query, ask.offset + ask.top_k, answer, ask.min_score, ask.wanted, keys,
-                    deadline_of(context), request.with_thumbnails,
+                    collection, query, ask.offset + ask.top_k, page, ask.min_score, ask.wanted, keys,
+                    deadline_of(context), request.with_thumbnails, None if request.with_thumbnails else self._items,
                 )  # fmt: skip
             except QueueFullError as e:
                 if not patient:
@@ -307,30 +311,43 @@ def _answer(
     return _page(collection, ask, request, hits)
 
 
-def _page(collection: Readable, ask: _Ask, request: pb.SearchRequest, hits: list[Hit]) -> pb.SearchResponse:
-    """The response from the neighbours up to the page's end."""
+def _page(
+    collection: Readable, ask: _Ask, request: pb.SearchRequest, found: list[Hit] | list[tuple[bytes, float]]
+) -> pb.SearchResponse:
+    """The response from the neighbours up to the page's end: hits, where thumbnails are asked for, or serialised items."""
     response = pb.SearchResponse()
-    _write_page(response, collection, ask, request, hits)
+    _write_page(response, collection, ask, request, found)
     return response
 
 
 def _stream_page(
-    collection: Readable, ask: _Ask, request: pb.SearchRequest, number: int, hits: list[Hit]
+    collection: Readable,
+    ask: _Ask,
+    request: pb.SearchRequest,
+    number: int,
+    found: list[Hit] | list[tuple[bytes, float]],
 ) -> pb.StreamSearchResponse:
     """The same as a response of a stream."""
     response = pb.StreamSearchResponse(id=number)
-    _write_page(response.response, collection, ask, request, hits)
+    _write_page(response.response, collection, ask, request, found)
     return response
 
 
 def _write_page(
-    response: pb.SearchResponse, collection: Readable, ask: _Ask, request: pb.SearchRequest, hits: list[Hit]
+    response: pb.SearchResponse,
+    collection: Readable,
+    ask: _Ask,
+    request: pb.SearchRequest,
+    found: list[Any],
 ) -> None:
+    shown = found[ask.offset :] if ask.offset else found
+    if request.with_thumbnails or (shown and isinstance(shown[0], Hit)):
+        _write_hits(response, shown, _thumbnails(collection, shown, request))
+    else:
+        response.MergeFromString(neighbors(shown))
     response.space_id = collection.space_id
     end = ask.offset + ask.top_k
-    shown = hits[ask.offset :] if ask.offset else hits
-    _write_hits(response, shown, _thumbnails(collection, shown, request))
-    if len(hits) == end and end < MAX_DEPTH:
+    if len(found) == end and end < MAX_DEPTH:
         response.next_page_token = _token(request, end)
 
 
@@ -370,24 +387,36 @@ class _Batch:
 
     collection: Readable
     results: list[pb.BatchSearchResult]
+    items: Items
     plain: list[_Plain] = field(default_factory=list)
 
     def search(self, deadline: float | None) -> None:
         """Answer the plain requests, in a thread: those alike go through the index together."""
-        alike: dict[tuple[int, float | None], list[_Plain]] = {}
+        with searching():
+            self._search(deadline)
+
+    def _search(self, deadline: float | None) -> None:
+        alike: dict[tuple[int, float | None, bool], list[_Plain]] = {}
         for each in self.plain:
-            alike.setdefault((each.ask.offset + each.ask.top_k, each.ask.min_score), []).append(each)
-        for (k, min_score), some in alike.items():
+            ask = each.ask
+            alike.setdefault((ask.offset + ask.top_k, ask.min_score, each.request.with_thumbnails), []).append(each)
+        for (k, min_score, pictured), some in alike.items():
             for low in range(0, len(some), PART):
                 part = some[low : low + PART]
                 if deadline is not None and time.monotonic() >= deadline:
                     raise ExpiredError("the deadline passed before the whole batch was searched: allow more time")
                 try:
                     vectors = np.stack([each.vector for each in part])
-                    found = self.collection.search(vectors, k, min_score, filters=[each.ask.wanted for each in part])
-                    for each, hits in zip(part, found, strict=True):
+                    filters = [each.ask.wanted for each in part]
+                    found: Any
+                    if pictured:
+                        found = self.collection.search(vectors, k, min_score, filters=filters)
+                    else:
+                        nothing = [_NONE] * len(part)
+                        found = self.collection.nearest(vectors, k, min_score, filters, nothing, self.items)
+                    for each, near in zip(part, found, strict=True):
                         response = self.results[each.number].response
-                        _write_page(response, self.collection, each.ask, each.request, hits)
+                        _write_page(response, self.collection, each.ask, each.request, near)
                 except Exception as e:  # what all of them have in common
                     for each in part:
                         self.results[each.number].error.CopyFrom(as_refusal("BatchSearch", e).status())

@@ -28,7 +28,7 @@ from service.filter import Filter
 from service.metrics import Metrics
 from service.pace import Pace
 from service.reading import Readable
-from service.view import Hit
+from service.view import Read
 
 # Searches of one batch.
 TOGETHER = 64
@@ -36,6 +36,10 @@ TOGETHER = 64
 AT_ONCE = 0.002
 # Seconds that searches which go together may take in a thread, about: one that comes next waits for them.
 LONGEST = 0.1
+# Turns of the event loop without another search after which those that wait begin, and seconds after which they do anyway:
+# four together take half the time of each alone.
+PATIENCE = 8
+GATHERED = 0.002
 # Neighbours that a search on the event loop may ask for.
 FEW = 100
 
@@ -53,8 +57,10 @@ class Search:
     leave_out: frozenset[str]
     deadline: float | None
     """In seconds of `time.monotonic`."""
-    answer: Callable[[list[Hit]], Any]
+    answer: Callable[[list[Any]], Any]
     """Makes the answer, in the thread that searched."""
+    read: Read[Any] | None
+    """What is read of the rows that were found; None: they themselves, as hits."""
     done: asyncio.Future[Any]
     queued: float
     call: Call | None = field(default_factory=current)
@@ -65,7 +71,12 @@ class Search:
 
     def goes_with(self, other: Search) -> bool:
         """Whether both may go through the index together."""
-        return (self.collection, self.k, self.min_score) == (other.collection, other.k, other.min_score)
+        return (
+            self.collection is other.collection
+            and self.k == other.k
+            and self.min_score == other.min_score
+            and self.read is other.read
+        )
 
 
 class Searcher:
@@ -74,6 +85,7 @@ class Searcher:
     def __init__(self, threads: int, limit: int, metrics: Metrics) -> None:
         self._threads, self._limit, self._metrics = threads, limit, metrics
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
+        self._waited = metrics.queue_seconds.labels(stage="search")
         self._lock = threading.Lock()
         self._waiting: deque[Search] = deque()
         self._working = 0
@@ -88,20 +100,23 @@ class Searcher:
         collection: Readable,
         query: Embeddings,
         k: int,
-        answer: Callable[[list[Hit]], Any],
+        answer: Callable[[list[Any]], Any],
         min_score: float | None = None,
         wanted: Filter | None = None,
         leave_out: frozenset[str] = frozenset(),
         deadline: float | None = None,
         blocks: bool = True,
+        read: Read[Any] | None = None,
     ) -> asyncio.Future[Any]:
-        """What `answer` makes of the k nearest rows of a query [D]. Raises `QueueFullError`; the future raises what the
+        """What `answer` makes of the k nearest rows of a query [D]: of hits, or where `read` is given of pairs of what it
+        reads of a row and its score; the query has length 1 then. Raises `QueueFullError`; the future raises what the
         search or `answer` does, and `ExpiredError` when `deadline` (monotonic) passes while it waits. `blocks`: whether
         `answer` may wait for the disk."""
         loop = asyncio.get_running_loop()
         search = Search(
-            collection, query, k, min_score, wanted, leave_out, deadline, answer, loop.create_future(), time.monotonic()
-        )
+            collection, query, k, min_score, wanted, leave_out, deadline, answer, read, loop.create_future(),
+            time.monotonic(),
+        )  # fmt: skip
         waiting = len(self._waiting) + len(self._short)
         if waiting >= self._limit:
             self._metrics.rejected.labels(reason="QUEUE_FULL").inc()
@@ -112,7 +127,7 @@ class Searcher:
         short = not blocks and wanted is None and k <= FEW and self._seconds.get(collection, AT_ONCE) < AT_ONCE / 2
         if short:
             if not self._short:
-                loop.call_soon(self._search_short, loop)  # after what else arrives in this turn
+                loop.call_soon(self._gather_short, loop, 0, 0)
             self._short.append(search)
             return search.done
         with self._lock:
@@ -135,6 +150,16 @@ class Searcher:
         """Finish what waits, and stop the threads."""
         self._pool.shutdown(wait=True)
 
+    def _gather_short(self, loop: asyncio.AbstractEventLoop, seen: int, quiet: int) -> None:
+        """Wait for other searches as long as they keep arriving: the loop takes several turns to receive a call.
+        `seen`: searches before this turn; `quiet`: turns without another."""
+        count = len(self._short)
+        quiet = quiet + 1 if count == seen else 0
+        if quiet >= PATIENCE or count >= TOGETHER or time.monotonic() - self._short[0].queued >= GATHERED:
+            self._search_short(loop)
+        else:
+            loop.call_soon(self._gather_short, loop, count, quiet)
+
     def _search_short(self, loop: asyncio.AbstractEventLoop) -> None:
         """Some of the short searches, on the event loop; then it is others' turn."""
         first = self._short[0]
@@ -146,7 +171,7 @@ class Searcher:
         outcomes = self._searched(together)
         self._deliver(together, outcomes, time.thread_time() - start)
         if self._short:
-            loop.call_soon(self._search_short, loop)
+            loop.call_soon(self._gather_short, loop, 0, 0)
 
     def _most(self, collection: Readable, seconds: float) -> int:
         """How many searches take so long together."""
@@ -207,10 +232,14 @@ class Searcher:
         first = together[0]
         try:
             queries = np.stack([together[i].query for i in kept])
-            found = first.collection.search(
-                queries, first.k, first.min_score,
-                filters=[together[i].wanted for i in kept], leave_out=[together[i].leave_out for i in kept],
-            )  # fmt: skip
+            filters, left_out = [together[i].wanted for i in kept], [together[i].leave_out for i in kept]
+            found: list[list[Any]]
+            if first.read is None:
+                found = list(
+                    first.collection.search(queries, first.k, first.min_score, filters=filters, leave_out=left_out)
+                )
+            else:
+                found = first.collection.nearest(queries, first.k, first.min_score, filters, left_out, first.read)
         except Exception as e:
             if len(kept) == 1:
                 outcomes[kept[0]] = e
@@ -220,17 +249,17 @@ class Searcher:
             return outcomes
         scanned = time.monotonic()
         self._metrics.search_seconds.observe(scanned - now)
-        best = [
-            hits[0].score for i, hits in zip(kept, found, strict=True)
+        best: list[float] = [
+            hits[0][1] for i, hits in zip(kept, found, strict=True)
             if hits and together[i].wanted is None and not together[i].leave_out
         ]  # fmt: skip
         self._metrics.drift.searched(first.collection, queries, best)
         for i, hits in zip(kept, found, strict=True):
             search = together[i]
             search.began, search.ended = now, scanned
-            self._metrics.queue_seconds.labels(stage="search").observe(now - search.queued)
+            self._waited.observe(now - search.queued)
             try:
-                outcomes[i] = together[i].answer(hits)
+                outcomes[i] = search.answer(hits)
             except Exception as e:
                 outcomes[i] = e
         self._metrics.answer_seconds.observe(time.monotonic() - scanned)

@@ -107,6 +107,7 @@ class _Strings:
         self._offsets = memoryview(offsets or b"\0" * 8).cast("q" if pa.types.is_large_string(column.type) else "i")
         self._first = column.offset
         self._data = memoryview(data or b"")
+        self._bounds = np.asarray(self._offsets)
 
     def __getitem__(self, at: int) -> str:
         at += self._first
@@ -114,8 +115,8 @@ class _Strings:
 
     def take(self, at: Rows) -> list[str]:
         """Many at once."""
-        offsets, data = np.asarray(self._offsets), self._data
-        lows, highs = offsets[at + self._first].tolist(), offsets[at + self._first + 1].tolist()
+        data, lows = self._data, at + self._first
+        lows, highs = self._bounds[lows].tolist(), self._bounds[lows + 1].tolist()
         return [str(data[low:high], "utf-8") for low, high in zip(lows, highs, strict=True)]
 
 

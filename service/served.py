@@ -51,6 +51,13 @@ class Served:
         self._moved = False
         self._held: asyncio.Event | None = None
 
+    def __enter__(self) -> Self:
+        self.uses.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.uses.__exit__()
+
     @property
     def writer(self) -> Collection:
         """The collection, to be written to. Raises `PreconditionError` where another process does that."""

@@ -122,12 +122,9 @@ class Engine:
             )  # fmt: skip
         return found
 
-    @contextlib.contextmanager
-    def using(self, name: str) -> Iterator[Served]:
-        """What a name stands for; it stays open while it is used so. Raises `NotFoundError`."""
-        served = self.store.served(name)
-        with served.uses:
-            yield served
+    def using(self, name: str) -> Served:
+        """What a name stands for; inside `with` it stays open. Raises `NotFoundError`."""
+        return self.store.served(name)
 
     async def embed(
         self,
@@ -332,69 +329,39 @@ def _encoder(encoder: Encoder) -> pb.Encoder:
     )  # fmt: skip
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns `ServiceError` into google.rpc.Status, anything else into INTERNAL without its secrets, and counts both."""
+def watched(
+    method: str, inner: Callable[[Any, Context], Awaitable[Any]], metrics: Metrics
+) -> Callable[[Any, Context], Awaitable[Any]]:
+    """A method that turns `ServiceError` into google.rpc.Status, anything else into INTERNAL without its secrets, and counts
+    both."""
+    seconds = metrics.request_seconds.labels(method=method)
+    fine = metrics.requests.labels(method=method, code="OK")
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._wrapped: dict[str, tuple[Any, Any]] = {}  # method → handler, and what it became
+    async def call(request: Any, context: Context) -> Any:
+        start = time.monotonic()
+        code, refused, response = "CANCELLED", None, None
+        metrics.in_flight.inc()
+        try:
+            if isinstance(request, ServiceError):
+                raise request
+            response = await inner(request, context)
+            code = "OK"
+        except Exception as e:
+            if not context.done():  # else the caller has left, and whatever was being written to it failed
+                refused = as_refusal(method, e)
+                code = _code_name(refused)
+        finally:  # before the answer leaves: whoever has it finds it counted
+            metrics.in_flight.dec()
+            (fine if code == "OK" else metrics.requests.labels(method=method, code=code)).inc()
+            seconds.observe(time.monotonic() - start)
+        if refused is not None:
+            await _abort(context, refused)
+        return response
 
-    async def intercept_service(
-        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
-    ) -> Any:
-        """Wrap the methods of our own services, once each."""
-        handler = await continuation(details)
-        method = details.method
-        if handler is None or not method.startswith("/likewise."):
-            return handler
-        before, wrapped = self._wrapped.get(method, (None, None))
-        if before is not handler:
-            wrapped = self._wrap(method.removeprefix("/"), handler)
-            self._wrapped[method] = handler, wrapped
-        return wrapped
-
-    def _wrap(self, method: str, handler: Any) -> Any:
-        for kind in ("unary_unary", "unary_stream", "stream_stream"):
-            inner = getattr(handler, kind)
-            if inner is not None:
-                return getattr(grpc, f"{kind}_rpc_method_handler")(
-                    self._watched(method, inner),
-                    request_deserializer=_lenient(handler.request_deserializer, handler.request_streaming),
-                    response_serializer=handler.response_serializer,
-                )  # fmt: skip
-        raise TypeError(f"{method} is of a kind that is not wrapped here")
-
-    def _watched(self, method: str, inner: Callable[..., Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
-        """A method whose outcome is counted, and whose errors are the API's."""
-        metrics = self._metrics
-        seconds = metrics.request_seconds.labels(method=method)
-        fine = metrics.requests.labels(method=method, code="OK")
-
-        async def call(request: Any, context: Context) -> Any:
-            start = time.monotonic()
-            code, refused, response = "CANCELLED", None, None
-            metrics.in_flight.inc()
-            try:
-                if isinstance(request, ServiceError):
-                    raise request
-                response = await inner(request, context)
-                code = "OK"
-            except Exception as e:
-                if not context.done():  # else the caller has left, and whatever was being written to it failed
-                    refused = as_refusal(method, e)
-                    code = _code_name(refused)
-            finally:  # before the answer leaves: whoever has it finds it counted
-                metrics.in_flight.dec()
-                (fine if code == "OK" else metrics.requests.labels(method=method, code=code)).inc()
-                seconds.observe(time.monotonic() - start)
-            if refused is not None:
-                await _abort(context, refused)
-            return response
-
-        return call
+    return call
 
 
-def _lenient(parse: Callable[[bytes], Any], streaming: bool) -> Callable[[bytes], Any]:
+def lenient(parse: Callable[[bytes], Any], streaming: bool) -> Callable[[bytes], Any]:
     """gRPC answers UNKNOWN where parsing a request fails: a refusal of ours instead, as the request, or raised where a
     stream is read."""
 

@@ -11,9 +11,10 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from export.bundle import Embeddings
@@ -28,11 +29,34 @@ GROUPED = 10_000
 TOLERANCE = 2e-6
 
 
+T = TypeVar("T")
+
+
 class Hit(NamedTuple):
     """A neighbour."""
 
     row: StoredRow
     score: float
+
+
+class Read(Protocol[T]):
+    """What is read of the rows that were found."""
+
+    def stored(self, segment: Segment, positions: Sequence[int]) -> list[T]:
+        """Of a segment's rows."""
+
+    def fresh(self, rows: Sequence[StoredRow]) -> list[T]:
+        """Of rows that no segment holds yet."""
+
+
+class _Rows:
+    """The rows themselves."""
+
+    def stored(self, segment: Segment, positions: Sequence[int]) -> list[StoredRow]:
+        return segment.rows(positions)
+
+    def fresh(self, rows: Sequence[StoredRow]) -> list[StoredRow]:
+        return list(rows)
 
 
 @dataclass(frozen=True)
@@ -109,11 +133,46 @@ class View:
         min_score: float | None = None,
     ) -> list[list[Hit]]:
         """The k most similar live rows of each unit query [Q, D] that its filter passes, best first; ties by key."""
-        found = self._nearest(queries, k, filters, left_out, min_score)
-        flat = [each for row in found for each in row]
-        scores = np.clip([score for score, _, _ in flat], -1, 1).tolist()
-        hits = map(Hit._make, zip(self._rows(flat), scores, strict=True))
-        return [list(itertools.islice(hits, len(row))) for row in found]
+        found = self.nearest(queries, k, filters, left_out, min_score, _Rows())
+        return [list(map(Hit._make, row)) for row in found]
+
+    def nearest(
+        self,
+        queries: Embeddings,
+        k: int,
+        filters: Sequence[Filter | None],
+        left_out: Sequence[frozenset[str]],
+        min_score: float | None,
+        read: Read[T],
+    ) -> list[list[tuple[T, float]]]:
+        """The same with what is read of each row, and its score."""
+        alone = len(self.parts) == 1 and not self.fresh.live and self.parts[0].count > k
+        if alone and not any(filters) and not any(left_out):
+            return self._nearest_of_one(self.parts[0], queries, k, min_score, read)
+        return self._with(read, self._nearest(queries, k, filters, left_out, min_score))
+
+    def _nearest_of_one(
+        self, part: Part, queries: Embeddings, k: int, min_score: float | None, read: Read[T]
+    ) -> list[list[tuple[T, float]]]:
+        """`nearest` where there is one segment, and no filter: answers that need no ordering are taken as they come, as
+        nearly all are; the others are found once more, and ordered."""
+        scores, positions = part.segment.search(queries, k + 1, part.live, part.count)
+        apart = _are_apart(scores) & (positions[:, k - 1] >= 0)
+        if min_score is not None:
+            apart &= scores[:, k - 1] >= min_score - TOLERANCE
+        whole = bool(apart.all())
+        tops, at = (scores[:, :k], positions[:, :k]) if whole else (scores[apart, :k], positions[apart, :k])
+        flat: list[int] = at.ravel().tolist()
+        pairs = zip(read.stored(part.segment, flat), tops.clip(-1, 1).ravel().tolist(), strict=True)
+        found = [list(itertools.islice(pairs, k)) for _ in tops]
+        if whole:
+            return found
+        others = np.flatnonzero(~apart)
+        nothing = [None] * len(others), [frozenset[str]()] * len(others)
+        rows = self._nearest(queries[others], k, *nothing, min_score)
+        for i, each in zip(others.tolist(), self._with(read, rows), strict=True):
+            found.insert(i, each)
+        return found
 
     def groups(
         self,
@@ -191,17 +250,23 @@ class View:
                 for i, row_scores, row_positions in zip(members, scores.tolist(), positions.tolist(), strict=True):
                     some: Iterable[_Found] = zip(row_scores, itertools.repeat(part), row_positions)
                     found[i] += [each for each in some if each[2] >= 0] if -1 in row_positions else some
-        best = []
-        for row, names, may_tie in zip(found, left_out, (tied | (places > 1)).tolist(), strict=True):
-            row.sort(key=_score, reverse=True)
-            if may_tie and len({round(score, 6) for score, _, _ in row}) < len(row):
-                row.sort(key=lambda each: (-round(each[0], 6), self._key(each)))
-            if names:
-                row = [each for each in row if self._key(each) not in names]
-            if min_score is not None:
-                row = [each for each in row if each[0] >= min_score - TOLERANCE]
-            best.append(row[:k])
-        return best
+        return [
+            self._ranked(row, k, names, min_score, may_tie)
+            for row, names, may_tie in zip(found, left_out, (tied | (places > 1)).tolist(), strict=True)
+        ]
+
+    def _ranked(
+        self, row: list[_Found], k: int, names: frozenset[str], min_score: float | None, may_tie: bool
+    ) -> list[_Found]:
+        """The k best, without those of some keys."""
+        row.sort(key=_score, reverse=True)
+        if may_tie and len({round(score, 6) for score, _, _ in row}) < len(row):
+            row.sort(key=lambda each: (-round(each[0], 6), self._key(each)))
+        if names:
+            row = [each for each in row if self._key(each) not in names]
+        if min_score is not None:
+            row = [each for each in row if each[0] >= min_score - TOLERANCE]
+        return row[:k]
 
     def _searches(
         self, wanted: Filter | None
@@ -216,16 +281,23 @@ class View:
         if count:
             yield None, functools.partial(self.fresh.search, flags=flags, count=count), count
 
-    def _rows(self, found: Sequence[_Found]) -> list[StoredRow]:
-        """The row of each, read together."""
+    def _with(self, read: Read[T], found: Sequence[Sequence[_Found]]) -> list[list[tuple[T, float]]]:
+        """What is read of each row, and its score."""
+        flat = [each for row in found for each in row]
+        scores = [max(-1.0, min(1.0, score)) for score, _, _ in flat]
+        pairs = zip(self._read(read, flat), scores, strict=True)
+        return [list(itertools.islice(pairs, len(row))) for row in found]
+
+    def _read(self, read: Read[T], found: Sequence[_Found]) -> list[T]:
+        """Of all of them together."""
         if found and found[0][1] is not None and all(part is found[0][1] for _, part, _ in found):
-            return found[0][1].segment.rows([at for _, _, at in found])
-        rows: dict[tuple[int, int], StoredRow] = {}
+            return read.stored(found[0][1].segment, [at for _, _, at in found])
+        things: dict[tuple[int, int], T] = {}
         for part in {id(part): part for _, part, _ in found}.values():
             at = [position for _, each, position in found if each is part]
-            some = [self.fresh.rows[i] for i in at] if part is None else part.segment.rows(at)
-            rows.update(zip(((id(part), i) for i in at), some, strict=True))
-        return [rows[id(part), at] for _, part, at in found]
+            some = read.fresh([self.fresh.rows[i] for i in at]) if part is None else read.stored(part.segment, at)
+            things.update(zip(((id(part), i) for i in at), some, strict=True))
+        return [things[id(part), at] for _, part, at in found]
 
     def _hit(self, each: _Found) -> Hit:
         score, part, at = each
@@ -260,12 +332,18 @@ def _with_ties(
     wanted = k + 1
     while True:
         scores, rows = search(queries, wanted)
-        if wanted >= min(count, GROUPED) or scores.shape[1] <= k:
+        if wanted >= min(count, GROUPED) or scores.shape[1] <= k or _are_apart(scores).all():
             return scores, rows
         ordered = -np.sort(-scores, axis=1)
         if (ordered[:, -1] < ordered[:, k - 1] - 1e-6).all():
             return scores, rows
         wanted *= 4
+
+
+def _are_apart(scores: Embeddings) -> npt.NDArray[np.bool_]:
+    """Whether the scores [Q, N] of each query descend, and no two of them may be equal to six digits: [Q]."""
+    apart: npt.NDArray[np.bool_] = np.all(scores[:, 1:] < scores[:, :-1] - 2e-6, axis=1)
+    return apart
 
 
 def _value_of(field: Sequence[str]) -> Callable[[str], Any]:
