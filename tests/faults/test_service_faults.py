@@ -317,16 +317,18 @@ def test_a_decoding_process_that_is_killed_under_load_costs_one_picture(bundle: 
         with ThreadPoolExecutor(3) as pool:
             working = [pool.submit(hammer) for _ in range(3)]
             kills = 0
-            while kills < 2:
-                time.sleep(0.3)
-                decoder: Any = running.server._decoder
-                worker = decoder._idle.get()  # one of two; the other works on
-                decoder._idle.put(worker)
-                os.kill(worker._process.pid, signal.SIGKILL)
-                kills += 1
-                before = len(outcomes)
-                until(lambda: len(outcomes) > before + 40, 60)  # noqa: B023
-            stop.set()
+            try:
+                while kills < 2:
+                    time.sleep(0.3)
+                    decoder: Any = next(iter(running.server.engine.models.values()))._decoder
+                    worker = decoder._idle.get()  # one of two; the other works on
+                    decoder._idle.put(worker)
+                    os.kill(worker._process.pid, signal.SIGKILL)
+                    kills += 1
+                    before = len(outcomes)
+                    until(lambda: len(outcomes) > before + 40, 60)  # noqa: B023
+            finally:
+                stop.set()
             for each in working:
                 each.result()
         failed = [each for each in outcomes if isinstance(each, CallError)]
