@@ -130,9 +130,21 @@ def test_nothing_that_was_released_breaks() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "complaint"),
     [
-        ("optional int32 top_k = 3;", "optional int64 top_k = 3;", 'changed type from "int32" to "int64"'),
-        ("optional int32 top_k = 3;", "optional int32 top_k = 99;", 'field "3" with name "top_k"'),
-        ("optional int32 top_k = 3;", "optional int32 count = 3;", 'changed name from "top_k" to "count"'),
+        (
+            "optional int32 top_k = 3;\n  // Leaves",
+            "optional int64 top_k = 3;\n  // Leaves",
+            'changed type from "int32" to "int64"',
+        ),
+        (
+            "optional int32 top_k = 3;\n  // Leaves",
+            "optional int32 top_k = 99;\n  // Leaves",
+            'field "3" with name "top_k"',
+        ),
+        (
+            "optional int32 top_k = 3;\n  // Leaves",
+            "optional int32 count = 3;\n  // Leaves",
+            'changed name from "top_k" to "count"',
+        ),
         ("rpc GetItem(GetItemRequest)", "rpc FetchItem(GetItemRequest)", 'previously present RPC "GetItem"'),
         ("PRIORITY_BULK = 2;", "PRIORITY_LATER = 2;", 'changed name from "PRIORITY_BULK" to "PRIORITY_LATER"'),
         ("returns (SearchResponse)", "returns (stream SearchResponse)", "from server unary to server streaming"),
@@ -144,8 +156,8 @@ def test_what_breaks_clients_is_found(tmp_path: Path, before: str, after: str, c
 
 
 def test_what_only_adds_is_no_break(tmp_path: Path) -> None:
-    more = "service ReleaseService {\n  rpc GetRelease(GetReleaseRequest) returns (GetReleaseResponse);\n}\n"
-    more += "message GetReleaseRequest {\n  string name = 1;\n}\nmessage GetReleaseResponse {}\n"
+    more = "service NewService {\n  rpc GetNew(GetNewRequest) returns (GetNewResponse);\n}\n"
+    more += "message GetNewRequest {\n  string name = 1;\n}\nmessage GetNewResponse {}\n"
     method = "rpc Search(SearchRequest) returns (SearchResponse);"
     folder = copied(tmp_path, method, f"{method}\n  rpc Look(SearchRequest) returns (SearchResponse);", more)
     assert breaking(folder) == ""
