@@ -184,8 +184,12 @@ class Server:
             keep_to_cpu()
         charge = None if self._guard is None else self._guard.charge_pictures
 
+        self._doubted = asyncio.Event()  # set when a batch found an encoder to be ill
+
         def model_of(bundle: Bundle, say: Callable[[str], None] = lambda _: None) -> Model:
-            return Model(bundle, asked, metrics, charge, say)
+            model = Model(bundle, asked, metrics, charge, say)
+            model.pipeline.doubted = self._doubted
+            return model
 
         models: dict[str, Model] = {}
         for folder in _bundles(asked):
@@ -325,12 +329,15 @@ class Server:
             self._traces.close()
 
     async def _watch(self) -> None:
-        doubted = self.engine.pipeline.doubted
         while True:
             with contextlib.suppress(TimeoutError):  # what a batch found out changes readiness at once
-                await asyncio.wait_for(doubted.wait(), self._asked.check_seconds)
-            doubted.clear()
+                await asyncio.wait_for(self._doubted.wait(), self._asked.check_seconds)
+            self._doubted.clear()
             await self._set_ready(await self._check())
+            for model in list(self.engine.models.values()):
+                if not model.pipeline.sound:  # one that no collection is served with, too, has to be found well again
+                    with model.uses, contextlib.suppress(Exception):
+                        await asyncio.wait_for(model.check(), self._asked.check_seconds)
 
     async def _check(self) -> bool:
         """The canary picture through each encoder, and its vector through the collections of it, within the interval."""

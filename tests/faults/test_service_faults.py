@@ -379,6 +379,33 @@ def test_callers_are_told_that_the_encoder_is_ill_until_it_is_well(
         running.stop()
 
 
+def test_an_ill_encoder_that_no_collection_needs_leaves_the_server_ready(
+    bundle: Path, other_bundle: Path, indexed: Path, tmp_path: Path
+) -> None:
+    collections = shutil.copytree(indexed, tmp_path / "c")
+    running = Running(bundle=bundle, other_bundles=[other_bundle], collections=collections, check_seconds=1.0)
+    own, other = running.server.engine.models.values()
+    real, gate = other.pipeline._run, threading.Event()
+
+    def ill(images: np.ndarray) -> np.ndarray:
+        if not gate.is_set():
+            raise RuntimeError("device lost")
+        return real(images)
+
+    try:
+        with Client(running.address, timeout=0.9) as client:
+            other.pipeline._run = ill
+            (result,) = client.embed([PICTURE], space_id=other.space_id)
+            assert isinstance(result, CallError) and result.reason == "ENCODER_UNHEALTHY"
+            time.sleep(1.5)
+            assert client.ready() and isinstance(client.embed([PICTURE])[0], np.ndarray) and own.pipeline.sound
+            gate.set()
+            until(lambda: isinstance(client.embed([PICTURE], space_id=other.space_id)[0], np.ndarray))
+    finally:
+        gate.set()
+        running.stop()
+
+
 def test_an_encoder_that_fails_once_is_not_ill() -> None:
     """One batch of several fails, the canary passes: each picture is tried again."""
     calls: list[int] = []
