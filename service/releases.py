@@ -38,7 +38,7 @@ from service.errors import (
 )
 from service.index import gently
 from service.logs import LOG
-from service.metrics import ReleaseSaid
+from service.metrics import ReleaseSaid, gpu_memory
 from service.model import Model
 from service.reading import read_manifest
 from service.reembed import EXAMPLES, Reembedding, check_lineage, survey
@@ -308,7 +308,8 @@ class Releases:
                     f"the release {standby.release!r} is of the served collection's space {old.space_id}: its vectors would "
                     "be the same; give its bundle at the next start instead", "SAME_SPACE",
                 )  # fmt: skip
-            _check_memory(bundle, place, bundle.space_id in self._engine.models)
+            on_gpu = not self._engine.encoder.runtime.provider.startswith(("CPU", "OpenVINO"))
+            _check_memory(bundle, place, bundle.space_id in self._engine.models, on_gpu)
             model = self._engine.models.get(bundle.space_id)
             if model is None:
                 model = await self._run(standby, self._model_of, bundle)
@@ -535,16 +536,20 @@ def _check_left_out(name: str, standby: Standby, accepted: bool) -> None:
         )  # fmt: skip
 
 
-def _check_memory(bundle: Bundle, place: Path, is_loaded: bool) -> None:
+def _check_memory(bundle: Bundle, place: Path, is_loaded: bool, on_gpu: bool) -> None:
     """Raises `ResourceError` where a release does not fit the memory beside what is served."""
     graphs = 0 if is_loaded else max(path.stat().st_size for path in bundle.folder.glob("*.onnx"))
     index = sum(path.stat().st_size for path in place.glob("segments/*/index.faiss"))
-    needed, free = int(PER_BYTE * graphs) + (0 if is_loaded else BESIDE) + index, free_memory()
-    if needed > free:
-        raise ResourceError(
-            f"the release needs about {needed / 2**20:,.0f} MiB of memory beside what is served, {free / 2**20:,.0f} MiB "
-            "are free: finish another release, or give the machine more", needed_bytes=needed, free_bytes=free,
-        )  # fmt: skip
+    encoder = int(PER_BYTE * graphs) + (0 if is_loaded else BESIDE)
+    places = [("memory", encoder + index, free_memory())]
+    places += [("GPU memory", encoder, total - used) for used, total in gpu_memory()[:1] if on_gpu]
+    for where, needed, free in places:
+        if needed > free:
+            raise ResourceError(
+                f"the release needs about {needed / 2**20:,.0f} MiB of {where} beside what is served, "
+                f"{free / 2**20:,.0f} MiB are free: finish another release, or give the machine more", needed_bytes=needed,
+                free_bytes=free,
+            )  # fmt: skip
 
 
 def _refusal(error: Exception) -> ServiceError:
