@@ -36,6 +36,8 @@ TOGETHER = 64
 AT_ONCE = 0.002
 # Seconds that searches which go together may take in a thread, about: one that comes next waits for them.
 LONGEST = 0.1
+# Seconds that an exact search takes for each value of a collection's vectors, about, in a batch.
+PER_VALUE = 2e-10
 # Turns of the event loop without another search after which those that wait begin, and seconds after which they do anyway:
 # four together take half the time of each alone.
 PATIENCE = 8
@@ -174,8 +176,11 @@ class Searcher:
             loop.call_soon(self._gather_short, loop, 0, 0)
 
     def _most(self, collection: Readable, seconds: float) -> int:
-        """How many searches take so long together."""
-        return min(TOGETHER, max(1, int(seconds / max(1e-9, self._seconds.get(collection, seconds)))))
+        """How many searches take so long together; where that is not known yet, as if every row were compared."""
+        each = self._seconds.get(collection)
+        if each is None:
+            each = len(collection) * collection.dim * PER_VALUE
+        return min(TOGETHER, max(1, int(seconds / max(1e-9, each))))
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         together: list[Search] = []

@@ -51,10 +51,12 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize("words", list(COMMANDS), ids=" ".join)
-def test_every_command_explains_itself(words: tuple[str, ...]) -> None:
-    done = command(*words, "--help")
-    assert done.returncode == 0 and f"likewise {' '.join(words)}" in done.stdout
-    assert len(done.stdout.splitlines()) > 6
+def test_every_command_explains_itself(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--help"])
+    said = capfd.readouterr().out
+    assert end.value.code == 0 and f"likewise {' '.join(words)}" in said
+    assert len(said.splitlines()) > 6
 
 
 def test_usage_errors_name_the_flag_and_exit_2() -> None:
@@ -67,7 +69,19 @@ def test_usage_errors_name_the_flag_and_exit_2() -> None:
     assert "unrecognized arguments: --colour" in command("export", "run", "--out", "b", "--colour", "red").stderr
 
 
-def test_flags_come_before_environment_before_file(tmp_path: Path) -> None:
+def test_flags_come_before_environment_before_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as here:
+            for name, value in environment.items():
+                here.setenv(name, value)
+            try:
+                code = main([*arguments])
+            except SystemExit as e:
+                code = int(str(e.code))
+        return subprocess.CompletedProcess(arguments, code, "", capfd.readouterr().err)
+
     file = tmp_path / "likewise.yaml"
     file.write_text("bundle: from-file\nport: 1\nmax_batch: 65\n")
     env = {"LIKEWISE_CONFIG_FILE": str(file)}

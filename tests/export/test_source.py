@@ -119,6 +119,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_weights_of_another_code_base(
     weights: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -218,6 +219,7 @@ def test_an_onnx_file_is_adopted(kind: str, flags: list[str], pictures: Path, tm
     assert bundle.manifest.encoder.model == "onnx" and bundle.dim == 48
 
 
+@pytest.mark.slow
 def test_onnx_files_that_do_not_say_enough_are_refused(
     pictures: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:

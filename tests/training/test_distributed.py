@@ -185,7 +185,9 @@ def train_on_rank(rank: int, folder: str, name: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["sop", "dino", "sop sharded", pytest.param("dino sharded", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["sop sharded", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sop", "dino", "dino sharded"))]
+)
 def test_memories_and_weights_are_bit_equal_on_all_ranks(tmp_path: Path, name: str) -> None:  # 11
     mp.spawn(train_on_rank, (str(tmp_path), name), nprocs=2)
     first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -675,6 +675,7 @@ def test_trains_on_a_gpu(pictures: Path, tmp_path: Path) -> None:
     assert "bfloat16" in read_run(tmp_path / "r").reasons["precision"]
 
 
+@pytest.mark.slow
 def test_a_run_from_trained_weights_ends_with_a_verdict_that_export_follows(
     run: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
