@@ -51,7 +51,7 @@ import likewise
 from service import server
 spent["imports"] = time.perf_counter() - start
 clocked(server.Bundle, "open", "bundle: checksums")
-clocked(server, "Encoder", "encoder: graph, canary, first batches")
+clocked(server, "Model", "encoder: graph, canary, first batches")
 clocked(server, "Store", "collections")
 class Timed(server.Server):
     async def start(self):

@@ -12,6 +12,10 @@ import time
 _WINDOW, _BELIEVED = 0.1, 1.0
 
 
+# Share of the time until its deadline that work may have to wait: the pace is a guess, and the answer has to travel, too.
+SHARE = 0.8
+
+
 class Pace:
     """Seconds per item, measured only while items wait: how fast a queue is that is not empty. Not thread-safe."""
 

@@ -31,7 +31,7 @@ from service.errors import (
     UnavailableError,
 )
 from service.metrics import Metrics
-from service.pace import Pace
+from service.pace import SHARE, Pace
 from service.tracing import batch_span
 
 # Of so many pictures one is taken from the bulk, however many interactive ones wait.
@@ -268,7 +268,7 @@ class Pipeline:
             left = deadline - time.monotonic()
             beyond = self.admission.inside - len(self._queue)  # decoded, or being so
             wait = self._pace.seconds(self._queue.ahead(client, priority) + beyond + count, self._max_batch)
-            if wait > left > 0:
+            if wait > SHARE * left > 0:
                 self._metrics.rejected.labels(reason="QUEUE_FULL").inc(count)
                 raise QueueFullError(
                     f"{wait:.2f} s of work are ahead, and the deadline is in {left:.2f} s: try again shortly, or allow more "

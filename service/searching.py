@@ -26,7 +26,7 @@ from service.call import Call, current
 from service.errors import ExpiredError, QueueFullError, UnavailableError
 from service.filter import Filter
 from service.metrics import Metrics
-from service.pace import Pace
+from service.pace import SHARE, Pace
 from service.reading import Readable
 from service.view import Read
 
@@ -135,7 +135,7 @@ class Searcher:
         with self._lock:
             wait = self._pace.seconds(len(self._waiting) + self._searching + 1, self._most(collection, LONGEST))
             left = math.inf if deadline is None else deadline - search.queued
-            if wait > left > 0 and self._working:
+            if wait > SHARE * left > 0 and self._working:
                 self._metrics.rejected.labels(reason="QUEUE_FULL").inc()
                 raise QueueFullError(
                     f"{wait:.2f} s of searches are ahead, and the deadline is in {left:.2f} s: try again shortly, or allow "
