@@ -195,7 +195,10 @@ class Releases:
         task = asyncio.create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except RefusalError as e:
+            raise _refusal(e) from e
 
     def _change(self, name: str) -> asyncio.Lock:
         """One change of a collection's releases at a time."""
@@ -397,15 +400,12 @@ class Releases:
         return held
 
     async def _reload(self, name: str, standby: Standby) -> None:
-        """What was live before, loaded if it is not, follows what is live now. Raises `ServiceError`."""
-        try:
-            if standby.served is None:
-                await self._load(name, standby)
-            elif standby.work is None:
-                old, new = self._engine.store.served(name).writer, standby.served.writer
-                await self._run(standby, _follow, standby, old, self._engine.models[new.space_id])
-        except RefusalError as e:
-            raise _refusal(e) from e
+        """What was live before, loaded if it is not, follows what is live now. Raises `RefusalError` and `ServiceError`."""
+        if standby.served is None:
+            await self._load(name, standby)
+        elif standby.work is None:
+            old, new = self._engine.store.served(name).writer, standby.served.writer
+            await self._run(standby, _follow, standby, old, self._engine.models[new.space_id])
 
     async def _nearly(self, name: str, standby: Standby) -> None:
         """Once few enough writes are left to hold the next ones back for. Raises `PreconditionError`."""

@@ -215,6 +215,19 @@ def test_a_server_says_what_it_needs_to_serve_a_release(place: Path, bundle: Pat
         Server(Serve(bundle=bundle, collections=place / "collections", threads=1))
 
 
+def test_rolling_back_needs_the_encoder_of_before(place: Path, bundle: Path, other_bundle: Path) -> None:
+    with served(place, bundle) as (_, client):
+        client.prepare_release("shapes", "v2")
+        until(client, "shapes")
+        client.switch_release("shapes", "v2")
+    with served(place, other_bundle) as (_, client):
+        code, reason, said = refused(lambda: client.roll_back_release("shapes"))
+        assert (code, reason) == ("FAILED_PRECONDITION", "RELEASE_REFUSED") and "as --other-bundles" in said
+        assert len(client.search("shapes", key=next(client.items("shapes")).key)) == 10
+    with served(place, other_bundle, other_bundles=[bundle]) as (_, client):
+        assert client.roll_back_release("shapes").live == "" and client.collection("shapes").item_count == 64
+
+
 def test_the_command_prepares_switches_and_rolls_back(
     place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
