@@ -176,7 +176,7 @@ class Engine:
 
     async def write(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking call of the store in a thread; a write that has begun is finished even if its caller leaves."""
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writers, call, *arguments))
+        return await _whole(asyncio.get_running_loop().run_in_executor(self._writers, call, *arguments))
 
     async def write_to(self, served: Served, call: Callable[..., T], *arguments: Any) -> T:
         """`write` to a collection that a name stands for. Raises `MovedError` where it no longer does: nothing was done."""
@@ -187,12 +187,12 @@ class Engine:
             work = asyncio.get_running_loop().run_in_executor(self._writers, call, *arguments)
             left = inside.pop_all()
         work.add_done_callback(lambda _: left.close())  # not before, even if the caller leaves
-        return await asyncio.shield(work)
+        return await _whole(work)
 
     async def chore(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run a call that takes long, gently, after those before it; it is finished even if its caller leaves."""
         work = functools.partial(gently, functools.partial(call, *arguments))
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._chores, work))
+        return await _whole(asyncio.get_running_loop().run_in_executor(self._chores, work))
 
     @contextlib.contextmanager
     def streaming(self, stream: Stream[Any, Any]) -> Iterator[None]:
@@ -251,6 +251,12 @@ class Engine:
         self.store.close()
         for model in self.models.values():
             model.close()
+
+
+async def _whole(work: asyncio.Future[T]) -> T:
+    """Its result; if the caller leaves it is finished all the same, and nobody hears of its failure."""
+    work.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(work)
 
 
 class EncoderService(pb_grpc.EncoderServiceServicer):
