@@ -28,7 +28,7 @@ class Following:
         """`model_of` loads a bundle, such as that of a release which the writer has switched to."""
         self._engine, self._model_of = engine, model_of
         self._collections, self._releases = collections, releases
-        self._kept = set(engine.models)
+        self._spaces: dict[str, str] = {}  # of releases whose bundle was opened: it is not, again, every second
         self._tasks: set[asyncio.Task[Any]] = set()
         self._said = ""
 
@@ -74,8 +74,10 @@ class Following:
         """Those of releases that are served now, and were not before."""
         found: dict[str, Model] = {}
         for pointer in read_pointers(self._collections).values():
-            if pointer.live and self._releases is not None:
+            known = self._spaces.get(pointer.live)
+            if pointer.live and self._releases is not None and known not in self._engine.models:
                 bundle = Bundle.open(self._releases / pointer.live / "bundle")
+                self._spaces[pointer.live] = bundle.space_id
                 if bundle.space_id not in self._engine.models and bundle.space_id not in found:
                     found[bundle.space_id] = self._model_of(bundle)
         return found
@@ -84,7 +86,4 @@ class Following:
         """Close a collection once no call uses it, and its encoder where no other does."""
         await served.uses.ended()
         await self._engine.look(served.collection.close)
-        used = {collection.space_id for collection in self._engine.store.all()} | self._kept
-        space = served.collection.space_id
-        if space not in used and space in self._engine.models:
-            await self._engine.models.pop(space).stop()
+        await self._engine.free_models()

@@ -14,7 +14,7 @@ from service.errors import ServiceError
 from service.metrics import Metrics
 from service.pb import likewise_pb2 as pb
 from service.security import _REFLECTION, Guard, admin_port_only, common_name
-from service.servicer import lenient, watched
+from service.servicer import abort, code_name, lenient, watched
 from service.tracing import Tracing
 
 REQUEST_ID = "x-request-id"
@@ -26,7 +26,6 @@ METHODS = {
 }
 # What is among our methods: a stream of requests with one response is not.
 _KINDS = ("unary_unary", "unary_stream", "stream_stream")
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 Handler = Any  # grpc.RpcMethodHandler: its types do not say which of its four behaviours is there
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -87,13 +86,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     async def _refuse(self, call: Call, context: Context, error: ServiceError) -> None:
-        status = error.status()
-        code = _CODES[status.code]
-        self._metrics.requests.labels(
-            method=call.method if call.method in METHODS else "reflection", code=code.name
-        ).inc()
-        details = ("grpc-status-details-bin", status.SerializeToString())
-        await context.abort(code, status.message, (*context.trailing_metadata(), details))
+        method = call.method if call.method in METHODS else "reflection"
+        self._metrics.requests.labels(method=method, code=code_name(error)).inc()
+        await abort(context, error)
 
     def _wrapped(self, method: str, handler: Handler) -> Handler:
         """A method's handler with what happens around it; made once, as there are thousands of calls a second."""

@@ -101,7 +101,6 @@ class Releases:
     def __init__(self, engine: Engine, model_of: Callable[[Bundle], Model], folder: Path | None) -> None:
         """`model_of` loads a bundle; `folder` is that of the releases."""
         self._engine, self._model_of, self._folder = engine, model_of, folder
-        self._kept = set(engine.models)  # spaces that were asked for at the start
         self._standby: dict[str, Standby] = {}
         self._changing: dict[str, asyncio.Lock] = {}
         self._changes: set[asyncio.Task[Any]] = set()
@@ -200,13 +199,18 @@ class Releases:
         except RefusalError as e:
             raise _refusal(e) from e
 
+    def _writer(self, name: str) -> Collection:
+        """The collection that is served, to be written to. Raises `NotFoundError`, and `PreconditionError` where another
+        process does that."""
+        return self._engine.store.served(name).writer
+
     def _change(self, name: str) -> asyncio.Lock:
         """One change of a collection's releases at a time."""
         return self._changing.setdefault(name, asyncio.Lock())
 
     async def _prepare(self, name: str, release: str, asked: Sequence[Asked], min_overlap: float) -> None:
-        live, served = self.live(name)
-        _ = served.writer  # refuses
+        live, _ = self.live(name)
+        self._writer(name)
         if self._folder is None:
             raise PreconditionError(
                 "this server has no folder of releases: start it with --releases FOLDER, where FOLDER/NAME/bundle is a "
@@ -241,7 +245,7 @@ class Releases:
             standby.task = asyncio.create_task(self._bring_up(name, standby))
 
     async def _switch(self, name: str, release: str, leave_out: bool) -> float:
-        _ = self.live(name)[1].writer  # refuses
+        self._writer(name)
         async with self._change(name):
             standby = self._standby.get(name)
             if standby is None or standby.release != release:
@@ -252,7 +256,7 @@ class Releases:
             return await self._exchange(name, standby, leave_out)
 
     async def _roll_back(self, name: str, leave_out: bool) -> float:
-        _ = self.live(name)[1].writer  # refuses
+        self._writer(name)
         async with self._change(name):
             standby = self._standby.get(name)
             if standby is None or not standby.was_live:
@@ -266,7 +270,7 @@ class Releases:
         async with self._change(name):
             standby = self._standby.get(name)
             if standby is None:
-                _ = self.live(name)[1].writer  # refuses
+                self._writer(name)
                 return
             with contextlib.suppress(NotFoundError):  # deleted meanwhile: nothing to note
                 live, served = self.live(name)
@@ -303,7 +307,7 @@ class Releases:
 
     async def _load(self, name: str, standby: Standby) -> None:
         """Its encoder and its collection; and what lets that catch up. Raises `RefusalError` and `ServiceError`."""
-        old, place = self._engine.store.served(name).writer, self._engine.store.place(name, standby.release)
+        old, place = self._writer(name), self._engine.store.place(name, standby.release)
         async with self._loading:  # two at once might each find the memory that both need
             bundle = await self._run(standby, self._bundle, standby.release, place)
             if bundle.space_id == old.space_id:
@@ -342,7 +346,7 @@ class Releases:
     async def _ask(self, name: str, standby: Standby) -> None:
         """The acceptance queries."""
         assert standby.served is not None and standby.work is not None
-        new, old = standby.served.writer, self._engine.store.served(name).writer
+        new, old = standby.served.writer, self._writer(name)
         async with standby.turn:
             await self._run(standby, gently, functools.partial(_tidy, standby.work))
             encoder = self._engine.models[new.space_id].encoder
@@ -404,7 +408,7 @@ class Releases:
         if standby.served is None:
             await self._load(name, standby)
         elif standby.work is None:
-            old, new = self._engine.store.served(name).writer, standby.served.writer
+            old, new = self._writer(name), standby.served.writer
             await self._run(standby, _follow, standby, old, self._engine.models[new.space_id])
 
     async def _nearly(self, name: str, standby: Standby) -> None:
@@ -434,13 +438,8 @@ class Releases:
             await self._run(standby, served.collection.close)
         standby.thread.shutdown(wait=False)
         self._leaving.remove(standby)
-        used = {collection.space_id for collection in self._engine.store.all()} | self._kept
-        used |= {
-            s.served.collection.space_id for s in self._standby.values() if s.served is not None and s is not standby
-        }
-        for space in set(self._engine.models) - used:
-            model = self._engine.models.pop(space)
-            await model.stop()
+        others = (other.served for other in self._standby.values() if other is not standby)
+        await self._engine.free_models(served.collection.space_id for served in others if served is not None)
 
     async def _run(self, standby: Standby, call: Callable[..., T], *arguments: object) -> T:
         """In the standby's thread; it is finished even if the caller leaves."""

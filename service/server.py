@@ -203,6 +203,7 @@ class Server:
         ).set(1)
         searcher = Searcher(own.runtime.threads, asked.search_limit, metrics)
         self.engine = Engine(models, searcher, store, metrics, asked.snapshots)
+        self._search = SearchService(self.engine)  # one for all ports: it keeps items
         self._releases = Releases(self.engine, model_of, asked.releases)
         self._following = Following(self.engine, model_of, asked.collections, asked.releases) if asked.follow else None
         metrics.watch(store, self._releases.said)
@@ -301,7 +302,7 @@ class Server:
             ],
         )
         pb_grpc.add_EncoderServiceServicer_to_server(EncoderService(self.engine), server)
-        pb_grpc.add_SearchServiceServicer_to_server(SearchService(self.engine), server)
+        pb_grpc.add_SearchServiceServicer_to_server(self._search, server)
         pb_grpc.add_CollectionServiceServicer_to_server(CollectionService(self.engine, self._releases), server)
         pb_grpc.add_ReleaseServiceServicer_to_server(ReleaseService(self.engine, self._releases), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -8,7 +8,7 @@ import functools
 import json
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,7 @@ MAX_ITEMS = 256
 PICTURES = 64
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 T = TypeVar("T")
 
 
@@ -83,6 +84,7 @@ class Engine:
     ) -> None:
         """`snapshots`: where clients may have them taken."""
         self.models, self.searcher = models, searcher
+        self._asked_for = frozenset(models)  # spaces that stay loaded whatever is served
         self.store, self.metrics = store, metrics
         self._readers = ThreadPoolExecutor(self.encoder.runtime.threads, thread_name_prefix="read")
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="write")
@@ -121,6 +123,12 @@ class Engine:
                 expected if collection else next(iter(self.models)),
             )  # fmt: skip
         return found
+
+    async def free_models(self, standing_by: Iterable[str] = ()) -> None:
+        """Free the encoders whose space neither is served, nor stands by, nor was asked for at the start."""
+        used = {collection.space_id for collection in self.store.all()} | self._asked_for | set(standing_by)
+        for space in set(self.models) - used:
+            await self.models.pop(space).stop()
 
     def using(self, name: str) -> Served:
         """What a name stands for; inside `with` it stays open. Raises `NotFoundError`."""
@@ -355,13 +363,13 @@ def watched(
         except Exception as e:
             if not context.done():  # else the caller has left, and whatever was being written to it failed
                 refused = as_refusal(method, e)
-                code = _code_name(refused)
+                code = code_name(refused)
         finally:  # before the answer leaves: whoever has it finds it counted
             metrics.in_flight.dec()
             (fine if code == "OK" else metrics.requests.labels(method=method, code=code)).inc()
             seconds.observe(time.monotonic() - start)
         if refused is not None:
-            await _abort(context, refused)
+            await abort(context, refused)
         return response
 
     return call
@@ -398,18 +406,16 @@ def _log(text: str) -> None:
     LOG.error("%s", text, extra={"event": "failure"})
 
 
-async def _abort(context: Context, error: ServiceError) -> None:
+async def abort(context: Context, error: ServiceError) -> None:
+    """End a call with the API's status."""
     status = error.status()
     details = ("grpc-status-details-bin", status.SerializeToString())
-    await context.abort(_code(error), status.message, (*context.trailing_metadata(), details))
+    await context.abort(_CODES[status.code], status.message, (*context.trailing_metadata(), details))
 
 
-def _code(error: ServiceError) -> grpc.StatusCode:
-    return next(code for code in grpc.StatusCode if code.value[0] == error.code)
-
-
-def _code_name(error: ServiceError) -> str:
-    return _code(error).name
+def code_name(error: ServiceError) -> str:
+    """Of its gRPC status, such as NOT_FOUND."""
+    return _CODES[error.code].name
 
 
 def vector_of(vector: pb.Vector, served: Served, path: str) -> Embeddings:
