@@ -79,6 +79,8 @@ class Standby:
     state: State
     asked: Sequence[Asked] = ()
     min_overlap: float = 0.0
+    space_id: str = ""
+    """Space of its encoder, from before that is loaded on."""
     served: Served | None = None
     """Its collection, once it is loaded; nobody reads it yet, or some calls still do."""
     work: Reembedding | None = None
@@ -317,6 +319,7 @@ class Releases:
                 )  # fmt: skip
             on_gpu = not self._engine.encoder.runtime.provider.startswith(("CPU", "OpenVINO"))
             _check_memory(bundle, place, bundle.space_id in self._engine.models, on_gpu)
+            standby.space_id = bundle.space_id  # so that its encoder is not freed before it is used
             model = self._engine.models.get(bundle.space_id)
             if model is None:
                 model = await self._run(standby, self._model_of, bundle)
@@ -392,7 +395,7 @@ class Releases:
             finally:
                 live.release(moved)
         held = time.monotonic() - start
-        self._standby[name] = Standby(release, True, State.PREVIOUS, served=live)
+        self._standby[name] = Standby(release, True, State.PREVIOUS, space_id=old.space_id, served=live)
         if standby.task is not None:
             standby.task.cancel()
         standby.thread.submit(work.close)
@@ -438,8 +441,7 @@ class Releases:
             await self._run(standby, served.collection.close)
         standby.thread.shutdown(wait=False)
         self._leaving.remove(standby)
-        others = (other.served for other in self._standby.values() if other is not standby)
-        await self._engine.free_models(served.collection.space_id for served in others if served is not None)
+        await self._engine.free_models(each.space_id for each in self._standby.values() if each is not standby)
 
     async def _run(self, standby: Standby, call: Callable[..., T], *arguments: object) -> T:
         """In the standby's thread; it is finished even if the caller leaves."""

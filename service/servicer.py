@@ -127,8 +127,8 @@ class Engine:
     async def free_models(self, standing_by: Iterable[str] = ()) -> None:
         """Free the encoders whose space neither is served, nor stands by, nor was asked for at the start."""
         used = {collection.space_id for collection in self.store.all()} | self._asked_for | set(standing_by)
-        for space in set(self.models) - used:
-            await self.models.pop(space).stop()
+        for model in [self.models.pop(space) for space in set(self.models) - used]:
+            await model.stop()
 
     def using(self, name: str) -> Served:
         """What a name stands for; inside `with` it stays open. Raises `NotFoundError`."""

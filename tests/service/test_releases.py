@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -226,6 +227,35 @@ def test_rolling_back_needs_the_encoder_of_before(place: Path, bundle: Path, oth
         assert len(client.search("shapes", key=next(client.items("shapes")).key)) == 10
     with served(place, other_bundle, other_bundles=[bundle]) as (_, client):
         assert client.roll_back_release("shapes").live == "" and client.collection("shapes").item_count == 64
+
+
+def test_finishing_one_release_frees_no_encoder_that_another_is_loading(
+    place: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening, go_on = threading.Event(), threading.Event()
+    real = releases._open
+
+    def slow(standby: releases.Standby, folder: Path, *more: Any) -> None:
+        if folder.name == "second":
+            opening.set()
+            assert go_on.wait(30)
+        real(standby, folder, *more)
+
+    with served(place, bundle) as (_, client):
+        client.create_collection("second", keep_originals=True)
+        client.upsert("second", [NewItem("a", image=picture(1))])
+        client.prepare_release("shapes", "v2")
+        until(client, "shapes")
+        monkeypatch.setattr(releases, "_open", slow)
+        client.prepare_release("second", "v2")
+        assert opening.wait(30)
+        client.finish_release("shapes")
+        assert len(client.encoders()) == 2
+        go_on.set()
+        found = until(client, "second").standby
+        assert found is not None and found.state == "ready"
+        assert client.switch_release("second", "v2").live == "v2"
+        assert client.search("second", image=picture(1))[0].key == "a"
 
 
 def test_the_command_prepares_switches_and_rolls_back(
