@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,9 @@ from export.preprocess import Pixels, preprocess
 from export.providers import BUCKETS, CPU, CUDA, ON_GPU, OPENVINO, TENSORRT, GpuOptions, session_providers
 
 Device = Literal["auto", "cpu", "cuda"]
+
+PIECES = 4
+"""Into so many pieces per lane a batch is cut."""
 
 
 def runtime_name(device: Device, threads: int | None = None) -> str:
@@ -55,17 +59,18 @@ def offered(device: Device) -> list[str]:
 class Runtime:
     """A loaded bundle.
 
-    Attributes: `bundle`, `variant`, `provider`, `provider_reason` (a sentence), `threads`, `sessions`.
+    Attributes: `bundle`, `variant`, `provider`, `provider_reason` (a sentence), `threads`, `lanes`.
     """
 
     def __init__(
         self, bundle: Bundle, device: Device = "auto", threads: int | None = None, variant: str = "fp32",
-        provider: str | None = None, require_provider: bool = False, gpu: GpuOptions = GpuOptions(), sessions: int = 1,
+        provider: str | None = None, require_provider: bool = False, gpu: GpuOptions = GpuOptions(), lanes: int = 1,
     ) -> None:  # fmt: skip
         """Load the graph, on a GPU run every batch size once, and check the canary. `provider`: one of `offered(device)`,
-        the first where absent; with `require_provider` each operator must run there. On a CPU, `sessions` share the threads
-        and the pictures of a batch: less waiting for each other, and the weights once more in memory. Raises
-        `RefusalError` when this machine cannot run it faithfully: nothing falls back to another provider here."""
+        the first where absent; with `require_provider` each operator must run there. On a CPU, a batch can be computed in
+        `lanes` of one thread each, which take a few pictures at a time: no waiting for each other within an operator, at
+        the price of the weights once more in memory. Raises `RefusalError` when this machine cannot run it faithfully:
+        nothing falls back to another provider here."""
         path = bundle.graph(variant)
         needed, found = bundle.manifest.variants[variant].minimum_onnxruntime, ort.__version__
         if _version(found) < _version(needed):
@@ -82,11 +87,14 @@ class Runtime:
         if given and self.provider != CUDA:
             raise RefusalError(f"{given[0]} needs {CUDA}, and {self.provider} is what runs here: leave it out")
         size = bundle.manifest.encoder.image_size
-        self.sessions = sessions
-        each = max(1, self.threads // sessions)
+        self.lanes = lanes
         engines = cache_folder() / "tensorrt" / bundle.manifest.files[path.name].sha256[:32]
-        self._session, *self._others = (_load(path, self.provider, each, size, gpu, engines) for _ in range(sessions))
-        self._pool = ThreadPoolExecutor(sessions - 1, thread_name_prefix="embed") if self._others else None
+        self._session = _load(path, self.provider, self.threads, size, gpu, engines)
+        self._narrow: ort.InferenceSession | None = None
+        if lanes > 1:  # with one thread a session computes in the thread that calls it, in any number of them at a time
+            self._narrow = _load(path, self.provider, 1, size, gpu, engines)
+            self._pool = ThreadPoolExecutor(lanes - 1, thread_name_prefix="embed")
+        self._running, self._lock = 0, threading.Lock()
         if self.provider != CPU and hasattr(self._session, "get_provider_graph_assignment_info"):
             placed = [(part.ep_name, node.op_type) for part in self._session.get_provider_graph_assignment_info()
                       for node in part.get_nodes()]  # fmt: skip
@@ -124,7 +132,8 @@ class Runtime:
         return runtime_name("cuda" if self.provider in ON_GPU else "cpu", self.threads)
 
     def embed(self, images: Pixels) -> Embeddings:
-        """uint8 [N, H, W, 3] → float32 [N, D], unit rows. Thread-safe. N = 0 gives an empty array."""
+        """uint8 [N, H, W, 3] → float32 [N, D], unit rows. Thread-safe; with lanes a call beside others has the
+        thread that it comes in, and a call alone has all. N = 0 gives an empty array."""
         count = len(images)
         if count == 0:
             return np.zeros((0, self.bundle.dim), np.float32)
@@ -137,11 +146,35 @@ class Runtime:
         images = np.ascontiguousarray(images)
         if self._fixed is not None:
             return self._fixed.embed(images)[:count]
-        if self._pool is None or count <= len(self._others):
+        if self._narrow is None:
             return _rows(self._session, images)[:count]
-        first, *rest = np.array_split(images, self.sessions)
-        futures = [self._pool.submit(_rows, session, part) for session, part in zip(self._others, rest, strict=True)]
-        return np.concatenate([_rows(self._session, first), *(future.result() for future in futures)])
+        with self._lock:
+            alone = not self._running
+            self._running += 1
+        try:
+            if not alone:
+                return _rows(self._narrow, images)
+            return _rows(self._session, images) if 2 * count <= self.lanes else self._in_lanes(images, self._narrow)
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def _in_lanes(self, images: Pixels, session: ort.InferenceSession) -> Embeddings:
+        """A batch, some pictures at a time by whichever lane is free: one that other work holds up holds up no other. How
+        it is cut depends on its size alone, so that equal batches give equal bits."""
+        rows = np.empty((len(images), self.bundle.dim), np.float32)
+        size = -(-len(images) // (PIECES * self.lanes))
+        starts = iter(range(0, len(images), size))  # shared: `next` of a range's iterator is one step
+
+        def work() -> None:
+            for low in starts:
+                rows[low : low + size] = _rows(session, images[low : low + size])
+
+        others = [self._pool.submit(work) for _ in range(self.lanes - 1)]
+        work()
+        for other in others:
+            other.result()
+        return rows
 
     def check_canary(self) -> float:
         """Decode and embed the canary pictures; return the lowest cosine to what is expected.

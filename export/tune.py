@@ -28,10 +28,10 @@ class Candidate(NamedTuple):
 
     variant: str
     provider: str
-    sessions: int
+    lanes: int
 
     def __str__(self) -> str:
-        return f"{self.variant} on {self.provider}{f' in {self.sessions} sessions' if self.sessions > 1 else ''}"
+        return f"{self.variant} on {self.provider}{f' in {self.lanes} lanes' if self.lanes > 1 else ''}"
 
 
 class Timing(Contract):
@@ -41,15 +41,15 @@ class Timing(Contract):
     """Which graph."""
     provider: str
     """ONNX Runtime's execution provider."""
-    sessions: int = 1
-    """How many share the threads and the pictures of a batch."""
+    lanes: int = 1
+    """How many of one thread each share the pictures of a batch; 1: all threads compute each picture together."""
     images_per_second: float
     """In batches of 8."""
 
     @property
     def candidate(self) -> Candidate:
         """What was timed."""
-        return Candidate(self.variant, self.provider, self.sessions)
+        return Candidate(self.variant, self.provider, self.lanes)
 
 
 class Timings(Contract):
@@ -97,11 +97,11 @@ def _fastest(
     runs = [(name, provider) for provider in providers for name in _eligible(bundle, provider, variant)]
     if not runs:  # asked for against its purpose: it runs, slowly
         runs = [(variant, provider) for provider in providers]
-    several = (threads or cpu_quota()) > 1
+    most = threads or cpu_quota()
     candidates = [
-        Candidate(name, provider, sessions)
+        Candidate(name, provider, lanes)
         for name, provider in runs
-        for sessions in ((1, 2) if several and provider == CPU else (1,))
+        for lanes in ((1, most) if most > 1 and provider == CPU else (1,))
     ]
     if len(candidates) == 1:
         return Runtime(bundle, device, threads, *runs[0], require_provider, gpu)
@@ -132,7 +132,7 @@ def _fastest(
         _write(bundle, Timings(seal=bundle.manifest.seal, machines={**kept.machines, machine: timings}))
     best = max(timings, key=lambda t: t.images_per_second)
     try:
-        runtime = Runtime(bundle, device, threads, best.variant, best.provider, require_provider, gpu, best.sessions)
+        runtime = Runtime(bundle, device, threads, best.variant, best.provider, require_provider, gpu, best.lanes)
     except RefusalError as e:  # since it was measured, something was upgraded or broke
         if require_provider:
             raise
@@ -182,12 +182,12 @@ def _eligible(bundle: Bundle, provider: str, variant: str) -> list[str]:
 
 
 def _time(bundle: Bundle, device: Device, threads: int | None, candidate: Candidate, gpu: GpuOptions) -> Timing:
-    variant, provider, sessions = candidate
-    runtime = Runtime(bundle, device, threads, variant, provider, gpu=gpu, sessions=sessions)
+    variant, provider, lanes = candidate
+    runtime = Runtime(bundle, device, threads, variant, provider, gpu=gpu, lanes=lanes)
     size = bundle.manifest.encoder.image_size
     noise = np.random.default_rng(0).integers(0, 256, (BATCH, size, size, 3), np.uint8)
     speed = measure_speed(runtime, noise, BATCH, SECONDS)
-    return Timing(variant=variant, provider=provider, sessions=sessions, images_per_second=speed.images_per_second)
+    return Timing(variant=variant, provider=provider, lanes=lanes, images_per_second=speed.images_per_second)
 
 
 def _places(bundle: Bundle) -> list[Path]:

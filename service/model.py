@@ -37,7 +37,7 @@ class Model:
             self._decoder = ProcessDecoder(spec, asked.limits, workers, asked.decode_seconds)
         self.pipeline = Pipeline(
             self._decoder.decode, self._decoder.workers, encoder.embed, asked.max_batch, asked.max_wait_ms / 1000,
-            asked.queue_limit, metrics,
+            asked.queue_limit, metrics, encoder.runtime.lanes,
         )  # fmt: skip
         if charge is not None:
             self.pipeline.admission.charge = charge

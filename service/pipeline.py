@@ -1,6 +1,6 @@
 """Encoded pictures → vectors under load: bounded, fair, by priority, and nothing is computed that nobody waits for.
 
-    admit ─▶ queue (by priority, clients in turn) ─▶ decode (threads or processes) ─▶ batch ─▶ infer (one thread)
+    admit ─▶ queue (by priority, clients in turn) ─▶ decode (threads or processes) ─▶ batch ─▶ infer (a thread per lane)
 
 A stage takes work only when the next one has room, so what arrives later and is more urgent still overtakes what waits.
 """
@@ -20,6 +20,7 @@ import numpy as np
 
 from export.bundle import Embeddings
 from export.preprocess import Pixels, UnreadablePictureError
+from export.runtime import PIECES
 from service.call import Call, current
 from service.encoder import Decoded
 from service.errors import (
@@ -209,8 +210,10 @@ class Pipeline:
     """Pictures in, vectors out.
 
     `decode` maps encoded bytes, and a thumbnail's longer side or None, to pixels; `run` maps uint8 [N, H, W, 3] to float32
-    [N, D]. A batch that fails is tried again picture by picture, so that a poisonous one fails alone; unless the canary
-    (`watch`) fails, too: then it is the encoder, and pictures are refused until it is `sound` again.
+    [N, D]. With several `lanes` (`export.runtime`) `run` is called in as many threads at a time, each with a small batch, a
+    part of `max_batch`: no lane waits for another. A batch that fails is tried again picture by picture, so that a poisonous
+    one fails alone; unless the canary (`watch`) fails, too: then it is the encoder, and pictures are refused until it is
+    `sound` again.
     """
 
     def __init__(
@@ -222,9 +225,11 @@ class Pipeline:
         max_wait: float,
         limit: int,
         metrics: Metrics,
+        lanes: int = 1,
     ) -> None:
         self._decode, self._decoders = decode, decoders
-        self._run, self._max_batch, self._max_wait = run, max_batch, max_wait
+        self._run, self._max_wait, self._lanes = run, max_wait, lanes
+        self._max_batch = max_batch if lanes == 1 else -(-max_batch // (PIECES * lanes))
         self._metrics = metrics
         self.admission = Admission(limit, metrics)
         self._queue = FairQueue()
@@ -232,7 +237,7 @@ class Pipeline:
         self._decoded: asyncio.Queue[Job] = asyncio.Queue(2 * max_batch)
         self._pace = Pace()
         self._coming = 0  # jobs before the batch
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="infer")
+        self._thread = ThreadPoolExecutor(lanes, thread_name_prefix="infer")
         self._canary: Pixels | None = None
         self._is_right: Callable[[Embeddings], bool] = lambda vector: True
         #: whether the encoder computes what it must, as far as is known; who looks after it sets it again
@@ -247,7 +252,7 @@ class Pipeline:
 
     def start(self) -> None:
         """Begin to work; inside a running event loop."""
-        loops = [self._decode_next] * self._decoders + [self._infer_next]
+        loops = [self._decode_next] * self._decoders + [self._infer_next] * self._lanes
         self._tasks = [asyncio.create_task(_forever(step)) for step in loops]
 
     async def stop(self) -> None:
@@ -267,7 +272,9 @@ class Pipeline:
         if deadline is not None and self.admission.inside:
             left = deadline - time.monotonic()
             beyond = self.admission.inside - len(self._queue)  # decoded, or being so
-            wait = self._pace.seconds(self._queue.ahead(client, priority) + beyond + count, self._max_batch)
+            wait = self._pace.seconds(
+                self._queue.ahead(client, priority) + beyond + count, self._max_batch * self._lanes
+            )
             if wait > SHARE * left > 0:
                 self._metrics.rejected.labels(reason="QUEUE_FULL").inc(count)
                 raise QueueFullError(

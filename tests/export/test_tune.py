@@ -68,18 +68,18 @@ def test_the_fastest_faithful_graph_is_measured_once_and_said(mine: Path) -> Non
     assert Bundle.open(mine).space_id == runtime.bundle.space_id  # outside every hash
 
 
-def test_with_two_threads_two_sessions_are_tried(mine: Path) -> None:
+def test_with_two_threads_two_lanes_are_tried(mine: Path) -> None:
     set_overlap(mine, "int8", 0.5)
     said: list[str] = []
     open_runtime(Bundle.open(mine), "cpu", 2, say=said.append)
-    assert "measuring 2 configurations" in said[0] and "in 2 sessions" in said[2]
+    assert "measuring 2 configurations" in said[0] and "in 2 lanes" in said[2]
     stored = json.loads((mine / "machine.json").read_text())
     for timings in stored["machines"].values():
         for timing in timings:
-            timing["images_per_second"] = 100.0 * timing["sessions"]
+            timing["images_per_second"] = 100.0 * timing["lanes"]
     (mine / "machine.json").write_text(json.dumps(stored))
     runtime = open_runtime(Bundle.open(mine), "cpu", 2, say=said.append)
-    assert runtime.sessions == 2 and len(said) == 3 and "in 2 sessions 200.0 images/s here" in runtime.provider_reason
+    assert runtime.lanes == 2 and len(said) == 3 and "in 2 lanes 200.0 images/s here" in runtime.provider_reason
 
 
 def test_a_graph_that_finds_other_neighbours_runs_only_where_asked_for(mine: Path) -> None:
