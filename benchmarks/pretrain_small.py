@@ -26,7 +26,7 @@ from export.preprocess import find_pictures, preprocess
 from tests.shapes import write_shapes
 from training.command import train
 from training.config import Train
-from training.encoder import build_vit, class_features
+from training.encoder import build_backbone, class_features
 from training.knn import knn_accuracy, pixel_features
 from training.monitor import effective_rank, mean_cosine
 from training.views import Views
@@ -46,7 +46,7 @@ def pictures(folder: Path, run: Path, classes: list[str]) -> tuple[Tensor, Tenso
 def features(run: Path, pixels: Tensor) -> Tensor:
     """The exported encoder's [CLS] features [N, C]."""
     spec = read_run(run).encoder
-    vit = build_vit(spec.model, spec.kwargs, spec.image_size).eval()
+    vit = build_backbone(spec.model, spec.kwargs, spec.image_size).eval()
     vit.load_state_dict(load_file(run / "encoder.safetensors"))
     views = Views("photographs", spec.mean, spec.std)
     return class_features(vit, pixels, views.normalise, torch.device("cpu"))

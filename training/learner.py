@@ -16,7 +16,7 @@ from training.config import Recipe
 from training.device import send
 from training.dino import DINO
 from training.distributed import average_gradients, rank, world_size
-from training.encoder import Student, Teacher, build_vit, load_initial, reset_linear_layers
+from training.encoder import Student, Teacher, blocks, build_backbone, layers, load_initial, reset_linear_layers, width
 from training.head import Head
 from training.loader import Batch
 from training.masks import draw_masks
@@ -88,25 +88,27 @@ class Learner:
     ) -> None:
         self.recipe, self.device, self.speed, self.views = recipe, device, speed, views
         torch.manual_seed(recipe.seed)
-        vit = build_vit(recipe.model, recipe.model_kwargs, recipe.image_size, recipe.drop_path)
+        backbone = build_backbone(recipe.model, recipe.model_kwargs, recipe.image_size, recipe.drop_path)
         if recipe.weight_init == "default":
-            reset_linear_layers(vit)
+            reset_linear_layers(backbone)
         if init is not None:
-            load_initial(init, vit)
-        head = Head(vit.embed_dim, recipe.head_hidden, recipe.head_dim, recipe.weight_init)
-        still = build_vit(recipe.model, recipe.model_kwargs, recipe.image_size)  # the teacher has no stochastic depth
-        still.load_state_dict(vit.state_dict())
+            load_initial(init, backbone)
+        head = Head(width(backbone), recipe.head_hidden, recipe.head_dim, recipe.weight_init)
+        still = build_backbone(
+            recipe.model, recipe.model_kwargs, recipe.image_size
+        )  # the teacher has no stochastic depth
+        still.load_state_dict(backbone.state_dict())
         self.method: Method = METHODS[recipe.method](recipe)
-        self.student = Student(vit, head)
+        self.student = Student(backbone, head)
         self.teacher = Teacher(still, copy.deepcopy(head))
         if not recipe.mim_weight:
             self.student.mask_token.requires_grad_(False)
         for module in (self.method, self.student, self.teacher):
             module.to(device=device, dtype=speed.dtype)
         if speed.checkpoint_activations:
-            vit.set_grad_checkpointing()
+            backbone.set_grad_checkpointing()  # type: ignore[operator]
         if speed.compile:
-            for block in (*vit.blocks, *still.blocks):
+            for block in (*blocks(backbone), *blocks(still)):
                 block.compile()
         if speed.shard:
             shard(self.student)
@@ -292,26 +294,21 @@ class Learner:
 def parameter_groups(student: Student, method: Method, recipe: Recipe) -> list[dict[str, Any]]:
     """AdamW's groups: weights decay, biases and other vectors do not (1.8); with initial weights the backbone's learning
     rate is `backbone_lr` of the head's and falls by `layer_decay` for every block further from it (section 8)."""
-    depth = len(student.vit.blocks)
+    places = layers(student.backbone)
+    last = max(places.values())
     groups: dict[tuple[float, bool, bool, bool], dict[str, Any]] = {}
     named = [*student.named_parameters(), *((f"method.{name}", p) for name, p in method.named_parameters())]
     for name, parameter in named:
-        backbone = name.startswith("vit.")
-        scale = recipe.backbone_lr * recipe.layer_decay ** (depth + 1 - _layer(name, depth)) if backbone else 1.0
+        backbone = name.startswith("backbone.")
+        scale = 1.0
+        if backbone:
+            scale = recipe.backbone_lr * recipe.layer_decay ** (last - places[name.removeprefix("backbone.")])
         decays = parameter.ndim > 1
         # The method's own are never shards, and the fused kernel takes no mixture.
         group = groups.setdefault((scale, decays, backbone, name.startswith("method.")), {"params": []})
         group["params"].append(parameter)
         group.update(scale=scale, decays=decays, backbone=backbone)
     return list(groups.values())
-
-
-def _layer(name: str, depth: int) -> int:
-    """0 for embeddings, i + 1 for block i, depth + 1 for the final norm."""
-    parts = name.split(".")
-    if parts[1] == "blocks":
-        return int(parts[2]) + 1
-    return depth + 1 if parts[1] == "norm" else 0
 
 
 def join(parts: list[Outputs]) -> Outputs:

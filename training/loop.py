@@ -32,7 +32,7 @@ from training.checkpoint import load_checkpoint, save_checkpoint, save_offending
 from training.config import Hardware, Recipe, Train
 from training.device import free_bytes
 from training.distributed import agree, mean_over_ranks, rank, world_size
-from training.encoder import backbone_tensors, tensors_digest
+from training.encoder import architecture, backbone_tensors, encode, tensors_digest, width
 from training.learner import Learner, NotFiniteError, Speed
 from training.loader import Batches
 from training.monitor import SAMPLE
@@ -73,7 +73,7 @@ class Trainer:
         )  # fmt: skip
         self.learner = Learner(recipe, self.device, speed, self.views, self._initial_weights())
         # What the run started from, apart from where it lay then.
-        self.initial = backbone_tensors(self.learner.teacher.vit) if recipe.init is not None else None
+        self.initial = backbone_tensors(self.learner.teacher.backbone) if recipe.init is not None else None
         self.initial_sha256 = None if self.initial is None else tensors_digest(self.initial)
         self.stopped = False
         self._batches: Batches | None = None
@@ -221,7 +221,7 @@ class Trainer:
         for _ in range(2):  # the first one allocates
             start = time.monotonic()
             with torch.no_grad():
-                self.learner.teacher.vit.forward_features(self.views.normalise(noise)).sum().item()
+                encode(self.learner.teacher.backbone, self.views.normalise(noise))[0].sum().item()
             times.append(time.monotonic() - start)
         # The verdict embeds its queries, their edits and its sample with both encoders.
         judged = 2 * (QUERIES * (1 + len(EDITS)) + min(PICTURES, count) + count) if r.init is not None else 0
@@ -298,13 +298,13 @@ class Trainer:
                 "--precision float32, with another --out"
             )
         save_checkpoint(self.run, self.identity(), step, state)
-        encoder = backbone_tensors(teacher.vit)
+        encoder = backbone_tensors(teacher.backbone)
         write_file(self.run / "encoder.safetensors", save_safetensors(encoder))
         manifest = RunManifest(
             method=self.recipe.method,
             config=json.loads(self.recipe.model_dump_json()),
             reasons=self.reasons,
-            encoder=self._encoder_spec(teacher.vit.embed_dim),
+            encoder=self._encoder_spec(width(teacher.backbone)),
             preprocess=self.preprocess_spec(),
             data=self.cache.fingerprint,
             versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
@@ -320,8 +320,8 @@ class Trainer:
     def _encoder_spec(self, embedding_dim: int) -> EncoderSpec:
         r = self.recipe
         return EncoderSpec(
-            model=r.model, kwargs=r.model_kwargs, image_size=r.image_size, embedding_dim=embedding_dim, mean=r.mean,
-            std=r.std,
+            model=r.model, kwargs=r.model_kwargs, image_size=r.image_size, embedding_dim=embedding_dim,
+            pooling="model" if architecture(r.model).convolutional else "cls", mean=r.mean, std=r.std,
         )  # fmt: skip
 
     def preprocess_spec(self) -> PreprocessSpec:
@@ -331,7 +331,7 @@ class Trainer:
     # --- speech -------------------------------------------------------------------------------------------------
 
     def _announce(self) -> None:
-        parameters = sum(p.numel() for p in self.learner.teacher.vit.parameters()) / 1e6
+        parameters = sum(p.numel() for p in self.learner.teacher.backbone.parameters()) / 1e6
         processes = f" × {world_size()} processes" if world_size() > 1 else ""
         self.console.print(
             f"{len(self.cache):,} pictures, {self.recipe.method.upper()}, {self.recipe.model} with {parameters:.1f} M "

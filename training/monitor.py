@@ -140,7 +140,7 @@ class Monitor:
 
     def features(self, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """[CLS] features [M, C] and head outputs [M, d], float32 on the CPU."""
-        features = class_features(teacher.vit, self.pictures, self._normalise, self._device)
+        features = class_features(teacher.backbone, self.pictures, self._normalise, self._device)
         dtype = next(teacher.head.parameters()).dtype
         with torch.no_grad():
             return features, teacher.head(features.to(self._device, dtype)).float().cpu()

@@ -16,7 +16,7 @@ from export.bundle import Best, RefusalError, read_best, write_file
 from export.preprocess import UnreadablePictureError, preprocess
 from export.sources.picture import Picture
 from training.alarms import alarms
-from training.encoder import backbone_tensors, build_vit, tensors_digest
+from training.encoder import backbone_tensors, build_backbone, tensors_digest
 from training.metrics_log import MetricsLog
 from training.monitor import SAMPLE, Monitor, read_history
 from training.snapshots import Snapshots
@@ -91,7 +91,7 @@ class Observer:
             or (self._best is not None and self._best.step != step and knn <= self._best.knn)
         ):
             return
-        tensors = backbone_tensors(self.trainer.learner.teacher.vit)
+        tensors = backbone_tensors(self.trainer.learner.teacher.backbone)
         self._best = Best(step=step, knn=knn, weights_sha256=tensors_digest(tensors))
         write_file(self.run / "best.safetensors", save_safetensors(tensors))
         write_file(self.run / "best.json", self._best.model_dump_json(indent=2))
@@ -115,11 +115,11 @@ class Observer:
         """Runs that started from trained weights end with a verdict."""
         self.console.print("comparing the adapted encoder with the initial one")
         trainer, r = self.trainer, self.trainer.recipe
-        initial = build_vit(r.model, r.model_kwargs, r.image_size)
+        initial = build_backbone(r.model, r.model_kwargs, r.image_size)
         initial.load_state_dict(load_file(self.run / "initial.safetensors"))
         initial.to(trainer.device, trainer.learner.speed.dtype)
         verdict = judge(
-            initial, trainer.learner.teacher.vit, self._pictures, trainer.preprocess_spec(), trainer.views.normalise,
+            initial, trainer.learner.teacher.backbone, self._pictures, trainer.preprocess_spec(), trainer.views.normalise,
             trainer.device, self.monitor.pictures.numpy(),
             None if self.monitor.labels is None else self.monitor.labels.numpy(), r.seed, r.views,
         )  # fmt: skip

@@ -43,7 +43,7 @@ def make_plan(trainer: Trainer, whole: Whole) -> Plan:
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     state = sum(_bytes(value) for value in trainer.learner.state().values())
-    encoder = sum(p.numel() * 4 for p in trainer.learner.teacher.vit.parameters())
+    encoder = sum(p.numel() * 4 for p in trainer.learner.teacher.backbone.parameters())
     # AdamW's two moments appear with its first step; a checkpoint is written beside the one that it replaces.
     moments = 2 * sum(p.numel() * p.element_size() for p in trainer.learner.student.parameters())
     pixels = trainer.cache.bytes * whole.pictures // max(1, len(trainer.cache))

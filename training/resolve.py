@@ -290,15 +290,30 @@ def _choose_encoder(asked: Train, hardware: Hardware, why: dict[str, str]) -> di
             "model": "vit_tiny_patch16_224", "model_kwargs": kwargs, "image_size": size, "patch_size": patch,
             "width": kwargs["embed_dim"],
         }  # fmt: skip
-    from training.encoder import native_sizes
+    from training.encoder import architecture
 
-    native_patch, native_size, width = native_sizes(name)
-    patch = asked.patch_size or native_patch
-    kwargs = {"patch_size": patch} if patch != native_patch else {}
-    return {
-        "model": name,
-        "model_kwargs": kwargs,
-        "image_size": asked.image_size or native_size,
-        "patch_size": patch,
-        "width": width,
-    }
+    native = architecture(name)
+    if native.convolutional:
+        _require_adaptation(asked, name, why)
+    patch = asked.patch_size or native.patch
+    kwargs = {"patch_size": patch} if patch != native.patch else {}
+    chosen = {
+        "model": name, "model_kwargs": kwargs, "image_size": asked.image_size or native.size, "patch_size": patch,
+        "width": native.width,
+    }  # fmt: skip
+    return chosen | {"mim_weight": 0.0} if native.convolutional else chosen
+
+
+def _require_adaptation(asked: Train, name: str, why: dict[str, str]) -> None:
+    """A convolutional network has no patches to hide, and its batch normalisation needs statistics to start from."""
+    if asked.init is None:
+        raise RefusalError(
+            f"{name} is a convolutional network, which can be adapted but not pretrained: give its weights with --init "
+            "FILE, or choose a ViT such as vit_small_patch16_224"
+        )
+    for flag in ("patch_size", "mim_weight"):
+        if getattr(asked, flag):
+            raise RefusalError(
+                f"{name} is a convolutional network, it has no patches: leave --{flag.replace('_', '-')} out"
+            )
+    why["mim_weight"] = "a convolutional network has no patches to hide"

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.encoder import Student
+from training.encoder import Student, blocks
 
 
 def shard(student: Student) -> None:
     """Split a student over all ranks: one group of parameters per block, and one of the rest."""
-    for block in student.vit.blocks:
+    for block in blocks(student.backbone):
         fully_shard(block)
     fully_shard(student)
 
@@ -46,10 +46,10 @@ def gathered_parts(student: Student) -> Iterator[list[str]]:
 
 def require_grad(student: Student, backbone: bool) -> None:
     """Let the backbone learn, or freeze it. FSDP2 keeps a second set of parameters, the gathered ones."""
-    student.vit.requires_grad_(backbone)
+    student.backbone.requires_grad_(backbone)
     for names in gathered_parts(student):
         for name in names:
-            if name.startswith("vit."):
+            if name.startswith("backbone."):
                 student.get_parameter(name).requires_grad_(backbone)
 
 

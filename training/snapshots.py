@@ -18,7 +18,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from export.bundle import RefusalError, make_folder, write_file
-from training.encoder import Teacher, split_tokens, tokens
+from training.encoder import Teacher, encode
 from training.statistics import nearest
 
 FOLDER = "report"
@@ -93,11 +93,13 @@ class Snapshots:
 def patch_similarity(teacher: Teacher, images: Tensor) -> Tensor:
     """Cosines of the patch tokens with [CLS] and with the central patch token: normalised images [n, 3, H, W] →
     [n, 2, h, w] float32 on the CPU. Not attention weights, which fused attention does not expose."""
-    vit = teacher.vit
     with torch.no_grad():
-        cls, patches = split_tokens(vit, tokens(vit, images))
+        cls, patches = encode(teacher.backbone, images)
+    if cls.shape[1] != patches.shape[2]:  # some convolutional networks widen what they have pooled
+        cls = patches.mean(1)
     cls, patches = F.normalize(cls.float(), dim=1), F.normalize(patches.float(), dim=2)
-    rows, columns = (side // patch for side, patch in zip(images.shape[-2:], vit.patch_embed.patch_size, strict=True))
+    rows = round((patches.shape[1] * images.shape[-2] / images.shape[-1]) ** 0.5)
+    columns = patches.shape[1] // rows
     centre = patches[:, rows // 2 * columns + columns // 2]
     both = torch.stack([patches @ cls[:, :, None], patches @ centre[:, :, None]], 1)
     return both.view(len(images), 2, rows, columns).cpu()

@@ -16,13 +16,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.bundle import Embeddings, Verdict
 from export.edits import EDITS
 from export.preprocess import Pixels, PreprocessSpec, UnreadablePictureError
 from export.sources.picture import Picture
-from training.encoder import VisionTransformer, class_features
+from training.encoder import class_features
 from training.evaluate.label_free import compare, label_free_all
 from training.evaluate.metrics import Interval, bootstrap
 from training.evaluate.retrieval import Labels, retrieve
@@ -33,7 +33,7 @@ QUERIES = 200
 
 
 def judge(
-    initial: VisionTransformer, adapted: VisionTransformer, pictures: Sequence[Picture], spec: PreprocessSpec,
+    initial: nn.Module, adapted: nn.Module, pictures: Sequence[Picture], spec: PreprocessSpec,
     normalise: Callable[[Tensor], Tensor], device: torch.device, sample: Pixels, labels: Labels | None, seed: int,
     views: ViewPreset,
 ) -> Verdict:  # fmt: skip
@@ -107,10 +107,10 @@ def _named(difference: Interval) -> str:
 
 
 def _embedder(
-    vit: VisionTransformer, normalise: Callable[[Tensor], Tensor], device: torch.device
+    backbone: nn.Module, normalise: Callable[[Tensor], Tensor], device: torch.device
 ) -> Callable[[Pixels], Embeddings]:
     def embed(pixels: Pixels) -> Embeddings:
-        features = class_features(vit, torch.from_numpy(pixels), normalise, device, 64)
+        features = class_features(backbone, torch.from_numpy(pixels), normalise, device, 64)
         unit: Embeddings = F.normalize(features, dim=1).numpy()
         return unit
 

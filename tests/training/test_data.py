@@ -392,4 +392,4 @@ def test_pixel_baselines_ignore_what_they_should() -> None:
 def test_the_exported_encoder_is_the_teacher(run: Path) -> None:
     stored = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["state"]["teacher"]
     for name, value in load_file(run / "encoder.safetensors").items():
-        assert torch.equal(value, stored[f"vit.{name}"])
+        assert torch.equal(value, stored[f"backbone.{name}"])

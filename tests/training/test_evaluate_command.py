@@ -274,7 +274,7 @@ def test_scales_are_averaged_and_sides_rounded_to_patches(run: Path, tmp_path: P
     asked = Evaluate(source=run, data=tmp_path, out=tmp_path, device="cpu")
     encoder = open_source(run, asked, torch.device("cpu"), 1)
     network = encoder.network
-    assert network is not None and network.patch == (8, 8)
+    assert network is not None and network.patch == 8
     rng = np.random.default_rng(0)
     square = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     np.testing.assert_allclose(network.embed_scales(square, (1.0,)), network.embed(square[None])[0], atol=1e-6)
@@ -283,7 +283,7 @@ def test_scales_are_averaged_and_sides_rounded_to_patches(run: Path, tmp_path: P
     total = torch.zeros(64)
     for size in ((24, 40), (16, 24), (8, 16)):  # 21 × 37 times 1, 1/√2, 1/2, in patches of 8
         resized = torch.nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
-        total += network.vit.forward_features(resized)[0, 0]
+        total += network.backbone.forward_features(resized)[0, 0]
     expected = torch.nn.functional.normalize(total, dim=0).numpy()
     np.testing.assert_allclose(network.embed_scales(wide), expected, atol=1e-5)
     buffer = io.BytesIO()

@@ -28,7 +28,7 @@ from tests.shapes import write_shapes
 from training.checkpoint import NAME as CHECKPOINT
 from training.command import as_started
 from training.config import Hardware, Recipe, Train
-from training.encoder import Student, Teacher, build_vit, reset_linear_layers, tensors_digest
+from training.encoder import Student, Teacher, build_backbone, reset_linear_layers, tensors_digest
 from training.head import Head
 from training.learner import Learner, Speed, clip_each
 from training.masks import block_masks
@@ -133,7 +133,7 @@ def test_three_sigkills_lose_nothing(pictures: Path, tmp_path: Path) -> None:
 def test_zero_steps_write_the_untrained_network(pictures: Path, tmp_path: Path) -> None:
     assert main(["train", str(pictures), "--out", str(tmp_path / "run"), "--steps", "0", *TINY]) == 0
     torch.manual_seed(0)
-    vit = build_vit("vit_tiny_patch16_224", {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 8}, 32)
+    vit = build_backbone("vit_tiny_patch16_224", {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 8}, 32)
     reset_linear_layers(vit)
     assert same(load_file(tmp_path / "run" / "encoder.safetensors"), vit.state_dict())
 
@@ -170,7 +170,9 @@ def test_refusals(run: Path, pictures: Path, tmp_path: Path, refused: Callable[.
     assert "exceeds the 64" in refused("train", pictures, "--out", o, "--memory", "65", "--resume", *TINY)
     sentence = refused("train", pictures, "--out", o, "--encoder", "vit_smal_patch16_224", "--resume")
     assert "vit_small_patch16_224" in sentence
-    assert "not a ViT" in refused("train", pictures, "--out", o, "--encoder", "resnet18", "--resume")
+    assert "can be adapted but not pretrained" in refused(
+        "train", pictures, "--out", o, "--encoder", "resnet18", "--resume"
+    )
     tagged = refused("train", pictures, "--out", o, "--encoder", "vit_small_patch16_224.nonsense", "--resume")
     assert "timm has no weights 'nonsense' of vit_small_patch16_224: choose one of vit_small_patch16_224." in tagged
     assert "within 0 … 1" in refused("train", pictures, "--out", o, "--local-scale", "[0.4, 0.1]", "--resume", *TINY)
@@ -597,7 +599,7 @@ def test_the_preset_follows_pictures_and_hardware() -> None:
 
 
 def test_student_and_teacher_compute_what_the_loss_needs() -> None:
-    vit = build_vit("vit_tiny_patch16_224", {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}, 32)
+    vit = build_backbone("vit_tiny_patch16_224", {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}, 32)
     student, teacher = Student(vit, Head(32, 16, 8)), Teacher(vit, Head(32, 16, 8))
     images = torch.randn(4, 3, 32, 32)
     mask = torch.zeros(4, 16, dtype=torch.bool)
@@ -620,8 +622,8 @@ def test_student_and_teacher_compute_what_the_loss_needs() -> None:
 
 def test_ema() -> None:  # 14
     kwargs = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
-    student = Student(build_vit("vit_tiny_patch16_224", kwargs, 32), Head(32, 16, 8))
-    teacher = Teacher(build_vit("vit_tiny_patch16_224", kwargs, 32), Head(32, 16, 8))
+    student = Student(build_backbone("vit_tiny_patch16_224", kwargs, 32), Head(32, 16, 8))
+    teacher = Teacher(build_backbone("vit_tiny_patch16_224", kwargs, 32), Head(32, 16, 8))
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     teacher.follow(student, 1.0)
     assert same(dict(teacher.state_dict()), before)

@@ -246,7 +246,7 @@ def test_teacher_and_memories_get_no_gradient_and_the_student_moves() -> None:
     it.step(batch, 0)
     assert not any(p.requires_grad for p in it.teacher.parameters()) and not list(it.method.parameters())
     moved = [name for name, value in it.student.state_dict().items() if not torch.equal(value, before[name])]
-    assert "mask_token" in moved and "vit.pos_embed" in moved and "head.mlp.0.weight" in moved
+    assert "mask_token" in moved and "backbone.pos_embed" in moved and "head.mlp.0.weight" in moved
 
 
 def test_a_step_is_a_function_of_state_and_step() -> None:  # 15
@@ -259,16 +259,16 @@ def test_a_step_is_a_function_of_state_and_step() -> None:  # 15
 
 def test_initial_weights_start_with_the_head_alone(tmp_path: Path) -> None:
     source, batch = learner({})
-    torch.save(source.student.vit.state_dict(), tmp_path / "w.pth")
+    torch.save(source.student.backbone.state_dict(), tmp_path / "w.pth")
     it, _ = learner({"init": tmp_path / "w.pth", "head_steps": 2, "steps": 30})
     start = {name: value.clone() for name, value in it.student.state_dict().items()}
     for step in range(2):
         it.step(batch, step)
-    vit = {k: v for k, v in it.student.state_dict().items() if k.startswith("vit.")}
+    vit = {k: v for k, v in it.student.state_dict().items() if k.startswith("backbone.")}
     assert all(torch.equal(value, start[name]) for name, value in vit.items())
     assert not torch.equal(it.student.head.mlp[0].weight, start["head.mlp.0.weight"])
     it.step(batch, 2)
-    assert not torch.equal(it.student.vit.blocks[0].attn.qkv.weight, start["vit.blocks.0.attn.qkv.weight"])
+    assert not torch.equal(it.student.backbone.blocks[0].attn.qkv.weight, start["backbone.blocks.0.attn.qkv.weight"])
 
 
 def test_layer_decay_slows_early_blocks() -> None:
@@ -276,7 +276,7 @@ def test_layer_decay_slows_early_blocks() -> None:
     r = it.recipe.model_copy(update={"backbone_lr": 0.1, "layer_decay": 0.5})
     groups = parameter_groups(it.student, it.method, r)
     scale = {id(p): g["scale"] for g in groups for p in g["params"]}
-    vit, depth = it.student.vit, len(it.student.vit.blocks)
+    vit, depth = it.student.backbone, len(it.student.backbone.blocks)
     assert scale[id(it.student.head.mlp[0].weight)] == 1.0
     assert scale[id(vit.norm.weight)] == 0.1
     assert scale[id(vit.blocks[depth - 1].mlp.fc1.weight)] == 0.05

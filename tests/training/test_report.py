@@ -17,7 +17,7 @@ from export.bundle import RefusalError
 from likewise import main
 from tests.conftest import TINY
 from training.curves import panels, read_metrics
-from training.encoder import Teacher, build_vit, split_tokens, tokens
+from training.encoder import Teacher, build_backbone, encode
 from training.head import Head
 from training.report import write_report
 from training.snapshots import Snapshots, patch_similarity, read_snapshots
@@ -142,12 +142,14 @@ def test_sheets_hold_the_nearest_pictures_and_drop_steps_that_a_kill_undid(tmp_p
 
 def test_patch_similarity_is_the_cosine_of_tokens() -> None:
     torch.manual_seed(0)
-    vit = build_vit("vit_tiny_patch16_224", {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 8}, 32).eval()
+    vit = build_backbone(
+        "vit_tiny_patch16_224", {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 8}, 32
+    ).eval()
     images = torch.randn(2, 3, 32, 48)
     found = patch_similarity(Teacher(vit, Head(64, 16, 8)), images)
     assert found.shape == (2, 2, 4, 6)
     with torch.no_grad():
-        cls, patches = split_tokens(vit, tokens(vit, images))
+        cls, patches = encode(vit, images)
     assert float(found[1, 0, 2, 5]) == pytest.approx(
         float(F.cosine_similarity(cls[1], patches[1, 17], dim=0)), abs=1e-5
     )

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.bundle import (
     Bundle,
@@ -23,7 +23,7 @@ from export.bundle import (
 )
 from export.preprocess import Pixels, PreprocessSpec
 from export.weights import fit_state, read_run_weights, read_state
-from training.encoder import VisionTransformer, build_vit, native_sizes, reset_linear_layers
+from training.encoder import architecture, build_backbone, encode, reset_linear_layers, width
 from training.evaluate.config import Evaluate
 from training.evaluate.features import Extractor
 
@@ -47,21 +47,19 @@ class Encoder(NamedTuple):
 
 
 class Network:
-    """A ViT with its normalisation: [CLS] after the final norm, as unit rows."""
+    """A backbone with its normalisation: [CLS] after the final norm, or the pooled features, as unit rows.
+
+    `patch`: sides of larger pictures are rounded to multiples of it.
+    """
 
     def __init__(
-        self, vit: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+        self, backbone: nn.Module, patch: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
     ) -> None:
-        self.vit = vit.eval().requires_grad_(False).to(device)
+        self.backbone = backbone.eval().requires_grad_(False).to(device)
+        self.patch = patch
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
         self._device = device
-
-    @property
-    def patch(self) -> tuple[int, int]:
-        """Height and width of a patch, in pixels."""
-        height, width = self.vit.patch_embed.patch_size
-        return int(height), int(width)
 
     def normalise(self, pixels: Pixels) -> Tensor:
         """uint8 [M, H, W, 3] → float32 [M, 3, H, W] on the device."""
@@ -69,13 +67,13 @@ class Network:
         return (x.float() / 255.0 - self._mean) / self._std
 
     @torch.no_grad()
-    def tokens(self, images: Tensor) -> Tensor:
-        """Normalised [M, 3, H, W] → [CLS] [M, C]."""
-        return self.vit.forward_features(images)[:, 0].float()
+    def rows(self, images: Tensor) -> Tensor:
+        """Normalised [M, 3, H, W] → [M, C]."""
+        return encode(self.backbone, images)[0].float()
 
     def embed(self, pixels: Pixels) -> Embeddings:
         """uint8 [M, S, S, 3] → unit rows [M, C]."""
-        rows: Embeddings = F.normalize(self.tokens(self.normalise(pixels)), dim=1).cpu().numpy()
+        rows: Embeddings = F.normalize(self.rows(self.normalise(pixels)), dim=1).cpu().numpy()
         return rows
 
     def embed_scales(self, pixels: Pixels, scales: tuple[float, ...] = MULTI_SCALE) -> Embeddings:
@@ -84,13 +82,13 @@ class Network:
         Bilinear; each side is rounded to a multiple of the patch, at least one patch (spec/sop.md section 5).
         """
         images = self.normalise(pixels[None])
-        total = torch.zeros(self.vit.embed_dim)
+        total = torch.zeros(width(self.backbone))
         for scale in scales:
-            sides = [max(p, round(s * scale / p) * p) for s, p in zip(pixels.shape[:2], self.patch, strict=True)]
+            sides = [max(self.patch, round(s * scale / self.patch) * self.patch) for s in pixels.shape[:2]]
             scaled = images
             if sides != list(pixels.shape[:2]):
                 scaled = F.interpolate(images, size=sides, mode="bilinear", align_corners=False)
-            total += self.tokens(scaled)[0].cpu()
+            total += self.rows(scaled)[0].cpu()
         row: Embeddings = F.normalize(total / len(scales), dim=0).numpy()
         return row
 
@@ -137,17 +135,17 @@ def _open_run(folder: Path, asked: Evaluate, device: torch.device) -> Encoder:
     spec = run.encoder
     state = read_run_weights(folder / "encoder.safetensors", run)
 
-    def build() -> VisionTransformer:
-        return build_vit(spec.model, spec.kwargs, spec.image_size)
+    def build() -> nn.Module:
+        return build_backbone(spec.model, spec.kwargs, spec.image_size)
 
-    vit = build()
-    vit.load_state_dict(state)
+    backbone = build()
+    backbone.load_state_dict(state)
     prepared = _preprocess(run.preprocess, asked)
     about = {"kind": "run", "model": spec.model, "kwargs": spec.kwargs, "method": run.method,
              "steps_done": run.steps_done, "weights_sha256": run.weights_sha256,
              "views": run.config.get("views")}  # fmt: skip
     standard = run.config.get("weight_init") == "default"
-    return _network_encoder("run", folder, vit, build, standard, (spec.mean, spec.std), run.weights_sha256, prepared,
+    return _network_encoder("run", folder, backbone, build, standard, (spec.mean, spec.std), run.weights_sha256, prepared,
                             about, asked, device)  # fmt: skip
 
 
@@ -156,18 +154,20 @@ def _open_weights(path: Path, asked: Evaluate, device: torch.device) -> Encoder:
         raise RefusalError(
             f"{path} is a file of weights: name its architecture with --model, such as vit_small_patch16_224"
         )
-    native_patch, native_size, _ = native_sizes(asked.model)
-    patch = asked.patch_size or native_patch
-    kwargs: dict[str, Any] = {"patch_size": patch} if patch != native_patch else {}
-    size = asked.image_size or native_size
+    native = architecture(asked.model)
+    patch = asked.patch_size or native.patch
+    if native.convolutional and asked.patch_size:
+        raise RefusalError(f"{asked.model} is a convolutional network, it has no patches: leave --patch-size out")
+    kwargs: dict[str, Any] = {"patch_size": patch} if patch != native.patch else {}
+    size = asked.image_size or native.size
 
-    def build() -> VisionTransformer:
-        return build_vit(asked.model or "", kwargs, size)
+    def build() -> nn.Module:
+        return build_backbone(asked.model or "", kwargs, size)
 
-    vit = build()
+    backbone = build()
     advice = "choose the matching --model, --patch-size and --image-size"
-    vit.load_state_dict(fit_state(read_state(path), vit, str(path), advice))
-    config: Any = vit.pretrained_cfg
+    backbone.load_state_dict(fit_state(read_state(path), backbone, str(path), advice))
+    config: Any = backbone.pretrained_cfg
     normal = (tuple(config["mean"]), tuple(config["std"])) if asked.normalization == "model" else IMAGENET
     prepared = _preprocess(PreprocessSpec(size=size), asked)
     about = {
@@ -176,19 +176,20 @@ def _open_weights(path: Path, asked: Evaluate, device: torch.device) -> Encoder:
         "kwargs": kwargs,
         "normalization": asked.normalization or "imagenet",
     }
-    return _network_encoder("weights", path, vit, build, False, normal, sha256_file(path), prepared, about, asked,
+    return _network_encoder("weights", path, backbone, build, False, normal, sha256_file(path), prepared, about, asked,
                             device)  # fmt: skip
 
 
 def _network_encoder(
-    kind: Literal["run", "weights"], source: Path, vit: VisionTransformer, build: Callable[[], VisionTransformer],
+    kind: Literal["run", "weights"], source: Path, backbone: nn.Module, build: Callable[[], nn.Module],
     standard_init: bool, normal: tuple[tuple[float, ...], tuple[float, ...]], weights: str, spec: PreprocessSpec,
     about: dict[str, Any], asked: Evaluate, device: torch.device,
 ) -> Encoder:  # fmt: skip
-    patch = max(int(p) for p in vit.patch_embed.patch_size)
-    if spec.size % patch:
+    native = architecture(about["model"])
+    patch = int(about["kwargs"].get("patch_size", native.patch))
+    if spec.size % patch and not native.convolutional:
         raise RefusalError(f"--image-size {spec.size} is not a multiple of the patch size {patch}: choose another")
-    network = Network(vit, *normal, device)
+    network = Network(backbone, patch, *normal, device)
     parts = [kind, weights, {k: v for k, v in about.items() if k in ("model", "kwargs")}, normal, device.type]
 
     def untrained() -> Extractor:
@@ -198,9 +199,9 @@ def _network_encoder(
             if standard_init:
                 reset_linear_layers(fresh)
         identity = sha256_json(["untrained", asked.seed, standard_init, spec.size, *parts[2:]])
-        return Extractor("untrained network", identity, spec, Network(fresh, *normal, device).embed)
+        return Extractor("untrained network", identity, spec, Network(fresh, patch, *normal, device).embed)
 
-    about = {**about, "image_size": spec.size, "fit": spec.fit, "embedding_dim": vit.embed_dim}
+    about = {**about, "image_size": spec.size, "fit": spec.fit, "embedding_dim": width(backbone)}
     extractor = Extractor(_name(source), sha256_json(parts), spec, network.embed)
     return Encoder(kind, extractor, network, about, untrained)
 
