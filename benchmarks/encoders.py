@@ -3,11 +3,14 @@
     python -m benchmarks.encoders --packs FOLDER --out FOLDER --encoder NAME=BUNDLE [--encoder …] [--bank 1] [--quick]
 
 `--packs` holds the maintainers' development packs as .npz (blob of encoded pictures, offset, label, group, split):
-grocery160 (81 products; A: test → train + val, B: catalogue picture → test, C: test → catalogue picture), coil-1-50
-(protocol B: four angles → angles at least 45° away, in colour and in grey), copydet-dev (12 edits of 75 pictures each, 450
-in the gallery, 150 negatives; µAP of each query's best candidate), tinyin64-val5k (kNN, k = 20, temperature 0.07, against the
-first `--bank` of three training parts). Every encoder is a bundle, prepared as it says and run as it is served; rows that
-need no learning see the whole picture padded to a square of 160 px. `--tasks` leaves packs out.
+
+    grocery160       81 products; A: test → train + val, B: catalogue picture → test, C: test → catalogue picture
+    coil-1-50        protocol B: four angles → angles at least 45° away, in colour and in grey
+    copydet-dev      12 edits of 75 pictures each, 450 in the gallery, 150 negatives; µAP of each query's best candidate
+    tinyin64-val5k   kNN, k = 20, temperature 0.07, against the first `--bank` of three training parts
+
+Every encoder is a bundle, prepared as it says and run as it is served; rows that need no learning see the whole picture
+padded to a square of 160 px. `--tasks` leaves packs out.
 
 R@1 and mAP in %; the standard error of a share of grocery's 2,485 queries is at most one point, of 81 catalogue pictures
 five, of 900 copies one and a half. Features are kept in `--out` and used again.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 from rich.console import Console
@@ -57,7 +58,7 @@ def export(asked: Export) -> Bundle:
     sample = read_sample(_pictures(asked, source), source.preprocess)
     if bundle is None:
         opset = source.opset or (20 if asked.opset == "auto" else int(asked.opset))
-        bundle = write_bundle(source, sample, asked.out, opset, console)
+        bundle = write_bundle(source, sample, asked.out, opset, console, asked.stored)
     if set(asked.variants) - bundle.manifest.variants.keys():
         with changing(asked.out):
             bundle = Bundle.open(asked.out)  # as it is now that nobody else changes it
@@ -70,7 +71,10 @@ def export(asked: Export) -> Bundle:
     return bundle
 
 
-def write_bundle(source: Source, sample: Sample, out: Path, opset: int, console: Console) -> Bundle:
+def write_bundle(
+    source: Source, sample: Sample, out: Path, opset: int, console: Console,
+    stored: Literal["float32", "float16"] = "float32",
+) -> Bundle:  # fmt: skip
     """Write a bundle whose graph does what the network does, proven on the sample. Raises `RefusalError`."""
     reason = "the file came with it" if source.opset else OPSET_REASONS[opset]
     temporary = out.with_name(f".{out.name}.tmp")
@@ -79,6 +83,10 @@ def write_bundle(source: Source, sample: Sample, out: Path, opset: int, console:
     try:
         console.print(f"exporting {source.encoder.model} at {source.encoder.image_size} px (opset {opset}: {reason})")
         source.write(temporary / "model.onnx", opset)
+        if stored == "float16":
+            from export import quantise
+
+            quantise.store_fp16(temporary / "model.onnx")
         canary = _write_canary(temporary, source, sample.encoded)
         variant = Variant(
             file="model.onnx", opset=opset, opset_reason=reason, minimum_onnxruntime=minimum_onnxruntime(opset),
@@ -91,7 +99,7 @@ def write_bundle(source: Source, sample: Sample, out: Path, opset: int, console:
             weights_sha256=source.weights_sha256,
             variants={"fp32": variant},
             patches=source.patches,
-            provenance=source.provenance,
+            provenance=source.provenance | ({"weights_stored_as": stored} if stored != "float32" else {}),
             files=_files(temporary, ["model.onnx", *(picture.file for picture in canary)]),
             canary=canary,
         ).sealed()

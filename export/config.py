@@ -42,6 +42,10 @@ class Export(BaseModel):
     opset: Literal["auto", "20", "23"] = "auto"
     """ONNX opset: 20 runs on older runtimes, 23 has attention as one operator. auto: 20."""
 
+    stored: Literal["float32", "float16"] = "float32"
+    """How the fp32 graph's large weights are kept in the file: float16 halves it, and they are cast to float32 when it is
+    loaded. Parity is proven with what was stored."""
+
     model: str | None = None
     """timm's name of the architecture, for a file of weights."""
     patch_size: int | None = Field(None, ge=2, le=64)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -30,10 +31,37 @@ from export.preprocess import Pixels
 # Sums and powers over a row leave float16's range or precision (onnxruntime #11384, #13639).
 FLOAT32_IN_FP16 = ("Pow", "ReduceMean", "ReduceSum", "ReduceL2", "LpNormalization")
 CALIBRATION_PICTURES = 128
+# Smaller tensors are kept as they are: biases and scales, constants of shapes.
+_LARGE = 1024
 
 Int8Recipe = Literal["dynamic", "static"]
 """dynamic: the weights of matrix products per channel, activations scaled as they come. static: convolutions and matrix
 products, activations scaled by what calibration pictures gave."""
+
+
+def store_fp16(graph: Path) -> None:
+    """Keep the large weights of a float32 graph as float16, each with a Cast to float32 behind it, in place: half the file,
+    the same arithmetic. ONNX Runtime casts them once, when it loads the graph. Raises `RefusalError` for a weight that
+    float16 cannot hold."""
+    model = onnx.load(str(graph))
+    casts = []
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < _LARGE:
+            continue
+        if not np.abs(values).max() <= np.finfo(np.float16).max:
+            raise RefusalError(
+                f"the weight {tensor.name} of {graph} reaches {np.abs(values).max():.3g}, float16 ends at 65504: leave "
+                "--stored at float32"
+            )
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}/float16"))
+        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(graph))
 
 
 def write_fp16(graph: Path, out: Path) -> None:

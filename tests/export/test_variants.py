@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from export.bundle import Bundle, RefusalError
 from export.onnx_graph import EmbeddingGraph, write_graph
 from export.parity import Parity, ParityReport, Speed, mean_average_precision, read_parity, require_parity, table
-from export.quantise import int8_recipes, write_int8
+from export.quantise import int8_recipes, store_fp16, write_int8
 from export.runtime import Runtime, open_graph
 from export.sample import read_sample
 from likewise import main
@@ -147,3 +148,43 @@ def test_mean_average_precision_by_hand() -> None:
     # The first finds the third at rank 2, the third the first at rank 1; the others have no like.
     assert mean_average_precision(rows, ["a", "b", "a", "c"]) == pytest.approx((1 / 2 + 1) / 2)
     assert mean_average_precision(rows, ["a", "a", "b", "b"]) == pytest.approx((1 + 1 + 1 / 3 + 1) / 4)
+
+
+def test_weights_are_stored_in_half_the_bytes(run: Path, bundle: Path, many_pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    flags = ["--images", str(many_pictures), "--stored", "float16", "--variants", "int8"]
+    assert main(["export", str(run), "--out", str(out), *flags]) == 0
+    half, whole = Bundle.open(out), Bundle.open(bundle)
+    assert half.graph().stat().st_size < 0.65 * whole.graph().stat().st_size
+    assert half.space_id == whole.space_id and half.manifest.provenance["weights_stored_as"] == "float16"
+    pixels = read_sample(many_pictures, half.manifest.preprocess).pixels[:32]
+    rows, expected = (Runtime(b, "cpu", 1).embed(pixels) for b in (half, whole))
+    cosine = (rows * expected).sum(1).min()
+    assert cosine > 0.99999 and not np.array_equal(rows, expected)
+    assert Runtime(half, "cpu", 1, "int8").check_canary() > 0.98
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused(bundle: Path, tmp_path: Path) -> None:
+    model = onnx.load(str(bundle / "model.onnx"))
+    large = next(
+        t for t in model.graph.initializer if np.prod(t.dims) >= 1024 and t.data_type == onnx.TensorProto.FLOAT
+    )
+    values = onnx.numpy_helper.to_array(large).copy()
+    values.flat[0] = 1e5
+    large.CopyFrom(onnx.numpy_helper.from_array(values, large.name))
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    with pytest.raises(RefusalError, match="float16 ends at 65504: leave --stored"):
+        store_fp16(tmp_path / "m.onnx")
+
+
+def test_lanes_give_what_all_threads_together_give(bundle: Path, many_pictures: Path) -> None:
+    opened = Bundle.open(bundle)
+    together, lanes = Runtime(opened, "cpu", 2), Runtime(opened, "cpu", 2, lanes=2)
+    pixels = read_sample(many_pictures, opened.manifest.preprocess).pixels[:37]
+    expected = together.embed(pixels)
+    for count in (0, 1, 2, 7, 37):
+        assert np.allclose(lanes.embed(pixels[:count]), expected[:count], atol=1e-5)
+    assert np.array_equal(lanes.embed(pixels), lanes.embed(pixels))  # whichever lane was free
+    with ThreadPoolExecutor(6) as pool:  # beside others, too
+        found = list(pool.map(lambda i: lanes.embed(pixels[i : i + 3]), range(30)))
+    assert all(np.allclose(rows, expected[i : i + 3], atol=1e-5) for i, rows in enumerate(found))

@@ -294,3 +294,25 @@ def test_a_decoder_that_hangs_or_dies_takes_one_picture_with_it() -> None:
             decoder.close()
 
     run(scenario)
+
+
+def test_lanes_compute_small_batches_beside_each_other() -> None:
+    async def scenario() -> None:
+        both = threading.Barrier(2)  # passed only where two lanes compute at one time
+
+        async with Stage(lanes=2, max_batch=32, max_wait=0.0) as stage:
+            plain = stage.pipeline._run
+            first = [True, True]
+
+            def run(pixels: np.ndarray) -> np.ndarray:
+                if first:
+                    first.pop()
+                    both.wait(10)
+                return plain(pixels)
+
+            stage.pipeline._run = run
+            found = await asyncio.gather(*(stage.ask() for _ in range(40)))
+            assert len(found) == 40 and sum(stage.batches) == 40
+            assert max(stage.batches) <= 4 and len(stage.batches) >= 10  # 32 / (4 pieces · 2 lanes)
+
+    run(scenario)
