@@ -45,8 +45,14 @@ _NOT_ENCODER = re.compile(
 _STEM = re.compile(r"(?:^|(?<=[.\n]))(patch_embed|conv1|conv_stem|stem|stem_0|features\.0)\.", re.MULTILINE)
 
 
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The encoder's tensors in a file, names as far as possible without wrappers. Raises `RefusalError`."""
+    """The encoder's tensors in a file, or in a folder of shards NAME-00001-of-00002.safetensors, names as far as possible
+    without wrappers. Raises `RefusalError`."""
+    if path.is_dir():
+        return _read_shards(path)
     if not path.is_file():
         raise RefusalError(f"{path} is not a file: give a state dict (.safetensors, .pth) or a run folder")
     try:
@@ -70,6 +76,27 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return unwrapped(
         {name: value.detach().float() if value.is_floating_point() else value.detach() for name, value in state.items()}
     )
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    found = {file: match for file in sorted(folder.iterdir()) if (match := _SHARD.search(file.name))}
+    if not found:
+        raise RefusalError(
+            f"{folder} is no folder of weights: expected a run (run.json), or shards such as "
+            "encoder-00001-of-00002.safetensors"
+        )
+    names = {file.name[: match.start()] for file, match in found.items()}
+    counts = {int(match[2]) for match in found.values()}
+    numbers = [int(match[1]) for match in found.values()]
+    if len(names) > 1 or len(counts) > 1 or numbers != list(range(1, max(counts) + 1)):
+        raise RefusalError(
+            f"{folder} holds {len(found)} shards ({', '.join(file.name for file in list(found)[:3])}), all of one set are "
+            "needed and no other: copy them again"
+        )
+    state: dict[str, Tensor] = {}
+    for file in found:
+        state |= read_state(file)
+    return state
 
 
 def read_run_weights(path: Path, run: RunManifest) -> dict[str, Tensor]:

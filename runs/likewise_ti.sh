@@ -22,7 +22,7 @@ extra1=(--preset paper --koleo-weight 0.1 --batch-size "${BATCH:-1024}")
 extra2=(--preset small --batch-size 512 --layer-decay 0.8)
 if [ -n "${SMALL:-}" ]; then
   encoder=(--encoder vit_nano --patch-size 8); size1=32; size2=48
-  steps1=${STEPS1:-60}; steps2=${STEPS2:-20}; [ "$steps1" = 40000 ] && steps1=60; [ "$steps2" = 3000 ] && steps2=20
+  steps1=${STEPS1:-60}; steps2=${STEPS2:-20}
   extra1=(--preset small --mim-weight 1 --batch-size 32); extra2=(--preset small --batch-size 32)
 fi
 end=$((SECONDS + minutes * 60))

@@ -242,7 +242,7 @@ def load_initial(path: Path, backbone: nn.Module) -> None:
 
     Raises `RefusalError` that names the keys which do not fit.
     """
-    if path.is_dir():
+    if (path / "run.json").is_file():
         read_run(path)
         path = path / "encoder.safetensors"
     advice = "choose the matching --encoder, --patch-size and --image-size"
