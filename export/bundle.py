@@ -69,6 +69,19 @@ class Sealed(Contract):
         return self.model_copy(update={"seal": self.digest()})
 
 
+class ProjectionSpec(Contract):
+    """What `export/projection.py` put behind the network."""
+
+    dimensions: int
+    """Length of an embedding."""
+    whitening: float
+    """0: plain PCA; 1: every axis counts alike."""
+    pictures: int
+    """How many it was fitted to."""
+    sha256: str
+    """Digest of mean and matrix."""
+
+
 class EncoderSpec(Contract):
     """Which network the weights belong to: enough to build it with timm and nothing of ours."""
 
@@ -86,6 +99,8 @@ class EncoderSpec(Contract):
     """RGB mean that is subtracted from pixels scaled to 0…1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """RGB deviation that they are divided by."""
+    projection: ProjectionSpec | None = None
+    """What follows the pooling, where the embedding has fewer dimensions than the network gives."""
 
 
 class DataFingerprint(Contract):
@@ -224,7 +239,10 @@ class BundleManifest(Sealed):
 
 def make_space_id(encoder: EncoderSpec, weights_sha256: str, preprocess: PreprocessSpec) -> str:
     """The identity of an embedding space: two vectors may be compared when theirs are equal."""
-    parts = {"encoder": encoder.model_dump(mode="json"), "weights": weights_sha256, "preprocess": preprocess.sha256()}
+    described = encoder.model_dump(mode="json")
+    if encoder.projection is None:  # a later field: spaces without keep their names
+        del described["projection"]
+    parts = {"encoder": described, "weights": weights_sha256, "preprocess": preprocess.sha256()}
     return f"lw1-{sha256_json(parts)[:32]}"
 
 

@@ -78,9 +78,14 @@ def describe(bundle: Bundle) -> list[str]:
     m = bundle.manifest
     e, p = m.encoder, m.preprocess
     kwargs = f" {json.dumps(e.kwargs)}" if e.kwargs else ""
+    projection = (
+        ""
+        if e.projection is None
+        else f" → PCA of {e.projection.pictures:,} pictures, whitening {e.projection.whitening:g}"
+    )
     lines = [
         f"space      {m.space_id}",
-        f"encoder    {e.model}{kwargs} at {e.image_size} px → {e.embedding_dim} dimensions, pooling {e.pooling}",
+        f"encoder    {e.model}{kwargs} at {e.image_size} px → {e.embedding_dim} dimensions, pooling {e.pooling}{projection}",
         f"pixels     {p.fit} to {p.size}, {p.interpolation}, mean {_triple(e.mean)}, deviation {_triple(e.std)}; "
         f"{p.version}{', JPEGs decoded at a scale' if p.scaled_jpeg else ''}",
         f"patches    {'none' if m.patches is None else ' × '.join(map(str, m.patches))}",

@@ -43,6 +43,10 @@ def export(asked: Export) -> Bundle:
     """Write a bundle, or nothing; into the bundle of the same encoder the variants that it lacks. Raises `RefusalError`."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     source = open_source(asked, console)
+    if asked.dimensions is not None:
+        from export.projection import projected
+
+        source = projected(source, _pictures(asked, source), asked.dimensions, asked.whitening, console.print)
     bundle = None
     if asked.out.exists():
         bundle = _same_bundle(asked.out, source.space_id)

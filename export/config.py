@@ -42,6 +42,11 @@ class Export(BaseModel):
     opset: Literal["auto", "20", "23"] = "auto"
     """ONNX opset: 20 runs on older runtimes, 23 has attention as one operator. auto: 20."""
 
+    dimensions: int | None = Field(None, ge=2)
+    """Length of an embedding, where that is to be less than the network gives: a projection onto the principal axes of the
+    pictures, inside the graph."""
+    whitening: float = Field(0.25, ge=0, le=1)
+    """With --dimensions: how far the axes are made to count alike, from 0 (plain PCA) to 1."""
     stored: Literal["float32", "float16"] = "float32"
     """How the fp32 graph's large weights are kept in the file: float16 halves it, and they are cast to float32 when it is
     loaded. Parity is proven with what was stored."""
