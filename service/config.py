@@ -286,7 +286,7 @@ class Serve(Embedding):
     metrics_port: int = Field(9464, ge=0, le=65535)
     """Prometheus port; 0 turns it off."""
     max_batch: int = Field(32, ge=1, le=64)
-    """Pictures per run of the encoder."""
+    """Pictures per run of the encoder; where a CPU embeds in lanes, each takes a quarter of its share of them at a time."""
     max_wait_ms: float = Field(2.0, ge=0)
     """How long a batch waits for pictures that are being decoded; one that comes alone does not wait."""
     queue_limit: int = Field(512, ge=1)
