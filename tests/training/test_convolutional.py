@@ -40,11 +40,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapted(weights: Path, many_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapted(weights: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps from them."""
     out = tmp_path_factory.mktemp("adapted") / "run"
     flags = ["--init", str(weights), "--steps", "6", "--head-steps", "2", *FLAGS]
-    assert main(["train", str(many_pictures), "--out", str(out), *flags]) == 0
+    assert main(["train", str(pictures), "--out", str(out), *flags]) == 0
     return out
 
 
@@ -57,13 +57,13 @@ def test_convolutions_learn_and_statistics_stay(weights: Path, adapted: Path) ->
     assert "blocks.6.0.conv_pw.weight" in changed and "conv_head.weight" in changed
 
 
-def test_a_run_says_what_it_is_and_exports_what_it_learned(adapted: Path, many_pictures: Path, tmp_path: Path) -> None:
+def test_a_run_says_what_it_is_and_exports_what_it_learned(adapted: Path, pictures: Path, tmp_path: Path) -> None:
     run = read_run(adapted)
     assert run.encoder.pooling == "model" and run.config["mim_weight"] == 0.0 and run.encoder.embedding_dim == 1280
     assert "no patches" in run.reasons["mim_weight"]
     assert read_verdict(adapted) is not None
     assert main(["export", str(adapted), "--out", str(tmp_path / "b"), "--weights", "adapted"]) == 0
-    pictures = [preprocess(p.read(), run.preprocess).pixels for p in find_pictures(many_pictures)[:4]]
+    pictures = [preprocess(p.read(), run.preprocess).pixels for p in find_pictures(pictures)[:4]]
     rows = Runtime(Bundle.open(tmp_path / "b"), device="cpu").embed(np.stack(pictures))
     net = build_backbone(MODEL, {}, 64).eval()
     net.load_state_dict(load_file(adapted / "encoder.safetensors"))
@@ -75,7 +75,7 @@ def test_a_run_says_what_it_is_and_exports_what_it_learned(adapted: Path, many_p
 
 
 def test_it_goes_on_where_it_was(
-    weights: Path, adapted: Path, many_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, adapted: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = [
         "--init",
@@ -99,8 +99,8 @@ def test_it_goes_on_where_it_was(
         return step(self, batch, number)
 
     monkeypatch.setattr(Learner, "step", interrupted)
-    assert main(["train", str(many_pictures), *flags]) == 130
-    assert main(["train", str(many_pictures), *flags]) == 0
+    assert main(["train", str(pictures), *flags]) == 130
+    assert main(["train", str(pictures), *flags]) == 0
     whole, parts = (load_file(folder / "encoder.safetensors") for folder in (adapted, tmp_path / "r"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
@@ -113,14 +113,14 @@ def test_evaluation_takes_runs_and_weights(weights: Path, adapted: Path, picture
 
 
 def test_what_it_cannot_do_is_refused(
-    weights: Path, many_pictures: Path, tmp_path: Path, refused: Callable[..., str]
+    weights: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    start = ["train", many_pictures, "--out", tmp_path / "r", *FLAGS, "--steps", "2"]
+    start = ["train", pictures, "--out", tmp_path / "r", *FLAGS, "--steps", "2"]
     assert "--init FILE" in refused(*start)
     assert "no patches: leave --mim-weight out" in refused(*start, "--init", weights, "--mim-weight", "1")
     assert "no patches: leave --patch-size out" in refused(*start, "--init", weights, "--patch-size", "16")
     swin = ["--encoder", "swin_tiny_patch4_window7_224"]
-    assert "neither a ViT" in refused("train", many_pictures, "--out", tmp_path / "r", "--steps", "2", *swin)
+    assert "neither a ViT" in refused("train", pictures, "--out", tmp_path / "r", "--steps", "2", *swin)
 
 
 @pytest.mark.parametrize("model", ["mobilenetv2_035", "resnet18", "convnext_atto", "mobilenetv3_small_050"])
