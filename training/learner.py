@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -284,11 +285,16 @@ class Learner:
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        self.teacher.load_state_dict(state["teacher"])
+        self.teacher.load_state_dict(_renamed(state["teacher"]))
         self.method.load_state_dict(state["method"])
-        load_whole(self.student, state["student"])
+        load_whole(self.student, _renamed(state["student"]))
         load_whole_optimizer(self.optimizer, state["optimizer"])
         self._bad.zero_()
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as they are now: checkpoints of before 2026-11-23 call the backbone `vit`."""
+    return {re.sub(r"^vit\.", "backbone.", name): value for name, value in state.items()}
 
 
 def parameter_groups(student: Student, method: Method, recipe: Recipe) -> list[dict[str, Any]]:

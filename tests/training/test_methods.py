@@ -324,3 +324,17 @@ def test_a_step_on_a_gpu_waits_for_nothing(fields: dict[str, object]) -> None:
         learner.step(batch, 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_states_with_the_backbones_old_name_are_loaded() -> None:
+    it, batch = learner({})
+    it.step(batch, 0)
+    state = it.state()
+    for part in ("student", "teacher"):
+        state[part] = {name.replace("backbone.", "vit."): value.clone() for name, value in state[part].items()}
+        assert any(name.startswith("vit.") for name in state[part])
+    other, _ = learner({})
+    other.load(state)
+    for part in ("student", "teacher"):
+        mine, theirs = it.state()[part], other.state()[part]
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
