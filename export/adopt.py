@@ -15,7 +15,7 @@ from rich.console import Console
 
 from export.bundle import Embeddings, EncoderSpec, RefusalError
 from export.config import Export
-from export.onnx_graph import OPSETS, check_structure
+from export.onnx_graph import OPSETS, check_structure, reduce_node, unit_length
 from export.preprocess import Pixels, PreprocessSpec
 from export.runtime import open_graph
 from export.source import IMAGENET, Source, exported_with
@@ -219,14 +219,10 @@ def _wrapped(
         after.append(
             helper.make_node("Slice", [row, "likewise/from", "likewise/to", "likewise/axis"], ["likewise/rest"])
         )
-        after.append(_reduce("ReduceMean", "likewise/rest", "likewise/row", opset, keepdims=0))
+        after.append(reduce_node("ReduceMean", "likewise/rest", "likewise/row", "likewise", opset, keepdims=0))
         row = "likewise/row"
     add("epsilon", np.float32(1e-12))
-    after += [
-        _reduce("ReduceL2", row, "likewise/norm", opset, keepdims=1),
-        helper.make_node("Max", ["likewise/norm", "likewise/epsilon"], ["likewise/length"]),
-        helper.make_node("Div", [row, "likewise/length"], ["embedding"]),
-    ]
+    after += unit_length(row, "embedding", "likewise", opset)
     if opset >= 18:
         add("axes", np.array([1], np.int64))
     nodes = [*before, *graph.node, *after]
@@ -235,12 +231,6 @@ def _wrapped(
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", shape.dim]))
     return wrapped
-
-
-def _reduce(kind: str, x: str, y: str, opset: int, keepdims: int) -> onnx.NodeProto:
-    if opset >= 18:  # axes became an input
-        return helper.make_node(kind, [x, "likewise/axes"], [y], keepdims=keepdims)
-    return helper.make_node(kind, [x], [y], axes=[1], keepdims=keepdims)
 
 
 def _require_free_batch(out: Path, path: Path) -> None:

@@ -173,6 +173,23 @@ def write_graph(graph: EmbeddingGraph, image_size: int, path: Path, opset: int) 
     check_structure(path, image_size, attentions(graph.encoder) if opset >= 23 else None)
 
 
+def reduce_node(kind: str, x: str, y: str, prefix: str, opset: int, keepdims: int) -> onnx.NodeProto:
+    """Over axis 1; the constant `prefix`/axes, [1], is used from opset 18 on, where axes became an input."""
+    if opset >= 18:
+        return onnx.helper.make_node(kind, [x, f"{prefix}/axes"], [y], keepdims=keepdims)
+    return onnx.helper.make_node(kind, [x], [y], axes=[1], keepdims=keepdims)
+
+
+def unit_length(row: str, out: str, prefix: str, opset: int) -> list[onnx.NodeProto]:
+    """Nodes from rows [batch, D] to rows of length 1; the constants `prefix`/axes and `prefix`/epsilon are the caller's."""
+    norm, length = f"{prefix}/norm", f"{prefix}/length"
+    return [
+        reduce_node("ReduceL2", row, norm, prefix, opset, keepdims=1),
+        onnx.helper.make_node("Max", [norm, f"{prefix}/epsilon"], [length]),
+        onnx.helper.make_node("Div", [row, length], [out]),
+    ]
+
+
 def attentions(encoder: nn.Module) -> int:
     """How many fused attentions the network has: each becomes one operator from opset 23 on."""
     inside = [m for name, m in encoder.named_modules() if not name.startswith("attn_pool")]  # that one pools, by itself

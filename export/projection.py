@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.bundle import Embeddings, ProjectionSpec, RefusalError, tensors_sha256
-from export.onnx_graph import check_structure
+from export.onnx_graph import check_structure, unit_length
 from export.preprocess import Pixels, UnreadablePictureError, find_pictures, preprocess
 from export.source import Source
 
@@ -102,16 +102,12 @@ def append_projection(path: Path, mean: Embeddings, matrix: Embeddings) -> None:
                     names[i] = before
     constants = {"mean": mean[None], "matrix": matrix, "epsilon": np.float32(1e-12), "axes": np.array([1], np.int64)}
     graph.initializer.extend(numpy_helper.from_array(np.asarray(v), f"projection/{n}") for n, v in constants.items())
-    norm = helper.make_node("ReduceL2", ["projection/rows", "projection/axes"], ["projection/norm"], keepdims=1)
-    if max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")) < 18:
-        norm = helper.make_node("ReduceL2", ["projection/rows"], ["projection/norm"], keepdims=1, axes=[1])
+    (opset,) = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
     graph.node.extend(
         [
             helper.make_node("Sub", [before, "projection/mean"], ["projection/centred"]),
             helper.make_node("MatMul", ["projection/centred", "projection/matrix"], ["projection/rows"]),
-            norm,
-            helper.make_node("Max", ["projection/norm", "projection/epsilon"], ["projection/length"]),
-            helper.make_node("Div", ["projection/rows", "projection/length"], ["embedding"]),
+            *unit_length("projection/rows", "embedding", "projection", opset),
         ]
     )
     (place,) = [i for i, value in enumerate(graph.output) if value.name == "embedding"]

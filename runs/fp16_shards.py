@@ -25,7 +25,7 @@ def main() -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, value in state.items():
-        half = value.half() if value.is_floating_point() else value
+        half = (value.half() if value.is_floating_point() else value).contiguous()
         if shards[-1] and size + half.nbytes > args.mib * 2**20 - 65536:  # less what the header takes
             shards.append({})
             size = 0

@@ -87,7 +87,7 @@ def as_timm(state: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
     theirs = [name for name in state if not name.endswith(counters)]
     if [own[a].shape for a in mine] != [state[b].shape for b in theirs]:
         sys.exit(f"the weights are not those of {model}: {len(theirs)} tensors, {len(mine)} expected, or other shapes")
-    renamed = {a: state[b].clone() for a, b in zip(mine, theirs, strict=True)}
+    renamed = {a: state[b].contiguous() for a, b in zip(mine, theirs, strict=True)}
     renamed |= {name: value for name, value in own.items() if name.endswith(counters)}
     return {name: value for name, value in renamed.items() if not name.startswith("classifier.")}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["GRPC_VERBOSITY"] = "NONE"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +75,25 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
         return lines[0]
 
     yield call
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Send this process SIGTERM, once, before a training step."""
+    from training.learner import Learner
+
+    def arm(number: int) -> None:
+        step, stops = Learner.step, {number}
+
+        def interrupted(self: Learner, batch: Any, number: int) -> Any:
+            if number in stops:
+                stops.clear()
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, batch, number)
+
+        monkeypatch.setattr(Learner, "step", interrupted)
+
+    return arm
 
 
 def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:

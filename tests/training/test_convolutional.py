@@ -3,11 +3,8 @@ batch normalisation came with."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +18,6 @@ from export.preprocess import find_pictures, preprocess
 from export.runtime import Runtime
 from likewise import main
 from training.encoder import architecture, blocks, build_backbone, encode, layers, width
-from training.learner import Learner
 
 MODEL = "mobilenetv2_035"
 FLAGS = ["--encoder", MODEL, "--image-size", "64", "--threads", "1", "--device", "cpu", "--batch-size", "8"]
@@ -75,7 +71,7 @@ def test_a_run_says_what_it_is_and_exports_what_it_learned(adapted: Path, pictur
 
 
 def test_it_goes_on_where_it_was(
-    weights: Path, adapted: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, adapted: Path, pictures: Path, tmp_path: Path, stop_at: Callable[[int], None]
 ) -> None:
     flags = [
         "--init",
@@ -89,16 +85,7 @@ def test_it_goes_on_where_it_was(
         "--steps",
         "6",
     ]
-    step = Learner.step
-    stops = {3}
-
-    def interrupted(self: Learner, batch: Any, number: int) -> Any:
-        if number in stops:
-            stops.clear()
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, number)
-
-    monkeypatch.setattr(Learner, "step", interrupted)
+    stop_at(3)
     assert main(["train", str(pictures), *flags]) == 130
     assert main(["train", str(pictures), *flags]) == 0
     whole, parts = (load_file(folder / "encoder.safetensors") for folder in (adapted, tmp_path / "r"))

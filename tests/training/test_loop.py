@@ -378,23 +378,17 @@ def test_a_gradient_that_is_not_finite_updates_nothing(
 
 
 def test_a_run_from_trained_weights_goes_on_without_their_file(
-    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+    run: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
+    stop_at: Callable[[int], None],
 ) -> None:
     weights, out = tmp_path / "w.safetensors", tmp_path / "r"
     weights.write_bytes((run / "encoder.safetensors").read_bytes())
     flags = ["train", str(pictures), "--out", str(out), "--steps", "4", "--resume", *TINY]
-    from training.learner import Learner
-
-    step = Learner.step
-    stops = {2}
-
-    def interrupted(self: Learner, batch: Any, number: int) -> Any:
-        if number in stops:
-            stops.clear()
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, number)
-
-    monkeypatch.setattr(Learner, "step", interrupted)
+    stop_at(2)
     assert main([*flags, "--init", str(weights)]) == 130
     # No verdict yet: which of both to export is not known.
     assert "has no verdict yet" in refused("export", out, "--out", tmp_path / "b")
