@@ -62,7 +62,8 @@ def export(asked: Export) -> Bundle:
     sample = read_sample(_pictures(asked, source), source.preprocess)
     if bundle is None:
         opset = source.opset or (20 if asked.opset == "auto" else int(asked.opset))
-        bundle = write_bundle(source, sample, asked.out, opset, console, asked.stored)
+        canary = None if asked.canary is None else read_sample(asked.canary, source.preprocess, CANARIES).encoded
+        bundle = write_bundle(source, sample, asked.out, opset, console, asked.stored, canary)
     if set(asked.variants) - bundle.manifest.variants.keys():
         with changing(asked.out):
             bundle = Bundle.open(asked.out)  # as it is now that nobody else changes it
@@ -77,9 +78,10 @@ def export(asked: Export) -> Bundle:
 
 def write_bundle(
     source: Source, sample: Sample, out: Path, opset: int, console: Console,
-    stored: Literal["float32", "float16"] = "float32",
+    stored: Literal["float32", "float16"] = "float32", canary_of: list[bytes] | None = None,
 ) -> Bundle:  # fmt: skip
-    """Write a bundle whose graph does what the network does, proven on the sample. Raises `RefusalError`."""
+    """Write a bundle whose graph does what the network does, proven on the sample; its canary is made of `canary_of`, kept
+    without loss, or of the sample. Raises `RefusalError`."""
     reason = "the file came with it" if source.opset else OPSET_REASONS[opset]
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -91,7 +93,7 @@ def write_bundle(
             from export import quantise
 
             quantise.store_fp16(temporary / "model.onnx")
-        canary = _write_canary(temporary, source, sample.encoded)
+        canary = _write_canary(temporary, source, canary_of or sample.encoded, lossless=canary_of is not None)
         variant = Variant(
             file="model.onnx", opset=opset, opset_reason=reason, minimum_onnxruntime=minimum_onnxruntime(opset),
             providers=["*"], canary_min_cosine=CANARY_MIN_COSINE,
@@ -216,16 +218,16 @@ def _pictures(asked: Export, source: Source) -> Path:
     return folder
 
 
-def _write_canary(folder: Path, source: Source, sample: list[bytes]) -> list[CanaryPicture]:
-    """Shrunk copies of real pictures, encoded as JPEG (the last one as PNG), with what they must become."""
+def _write_canary(folder: Path, source: Source, sample: list[bytes], lossless: bool = False) -> list[CanaryPicture]:
+    """Shrunk copies of real pictures, encoded as JPEG (the last one, or all, as PNG), with what they must become."""
     spec = source.preprocess
     (folder / "canary").mkdir()
     pictures: list[CanaryPicture] = []
     for data in sample[:CANARIES]:
         # Larger than the input, so that decoding at a scale and resizing are exercised too.
-        side = min(512, 4 * spec.size)
+        side = 2 * spec.size if lossless else min(512, 4 * spec.size)
         small = Image.fromarray(preprocess(data, PreprocessSpec(size=side, fit="pad")).pixels)
-        name = f"canary/{len(pictures)}.{'png' if len(pictures) == CANARIES - 1 else 'jpg'}"
+        name = f"canary/{len(pictures)}.{'png' if lossless or len(pictures) == CANARIES - 1 else 'jpg'}"
         small.save(folder / name, quality=90)
         pixels = preprocess((folder / name).read_bytes(), spec).pixels
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()

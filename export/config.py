@@ -28,6 +28,9 @@ class Export(BaseModel):
     """The bundle folder to write."""
     images: Path | None = None
     """Pictures to prove parity on and to calibrate with; a run's own where absent."""
+    canary: Path | None = None
+    """Where the canary's pictures come from, if not from those: they travel with the bundle. They are kept as PNG then,
+    which every decoder reads alike."""
     variants: list[VariantName] = ["fp32"]
     """Beside fp32, which is always written: fp16 (GPUs), int8 (CPUs); separated by commas. Each must pass its gate."""
     weights: Literal["auto", "adapted", "initial", "best"] = "auto"
@@ -56,7 +59,8 @@ class Export(BaseModel):
     patch_size: int | None = Field(None, ge=2, le=64)
     """Side of a patch, for weights whose patches are not the model's usual ones."""
     image_size: int | None = Field(None, ge=16, le=2048)
-    """Input height and width, in pixels; the model's own where absent. Weights, and ONNX files of any size."""
+    """Input height and width, in pixels; the model's own or the run's where absent. A larger one than an encoder was
+    trained at often finds better neighbours, for more time. Not for ONNX files of a fixed size."""
     normalization: Literal["imagenet", "model", "none"] | None = None
     """Mean and deviation of the input: ImageNet's, those that timm names for the model, or none because an ONNX file
     takes 0…1 (or uint8). Asked for where it is in doubt."""

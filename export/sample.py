@@ -26,8 +26,8 @@ class Sample(NamedTuple):
     """Names of their folders, where there are several."""
 
 
-def read_sample(folder: Path, spec: PreprocessSpec) -> Sample:
-    """Up to 1,000 readable pictures, spread over the folder. Raises `RefusalError` where there are too few."""
+def read_sample(folder: Path, spec: PreprocessSpec, least: int = MIN_PARITY_PICTURES) -> Sample:
+    """Up to 1,000 readable pictures, spread over the folder. Raises `RefusalError` where there are fewer than `least`."""
     found = find_pictures(folder)
     pixels: list[Pixels] = []
     encoded: list[bytes] = []
@@ -43,10 +43,10 @@ def read_sample(folder: Path, spec: PreprocessSpec) -> Sample:
         folders.append(found[i].folder)
         if len(encoded) < CANARIES:
             encoded.append(data)
-    if len(pixels) < MIN_PARITY_PICTURES:
+    if len(pixels) < least:
         raise RefusalError(
-            f"{folder} holds {len(pixels)} readable pictures, at least {MIN_PARITY_PICTURES} are needed to prove parity: "
-            "pass --images FOLDER"
+            f"{folder} holds {len(pixels)} readable pictures, at least {least} are needed to "
+            f"{'prove parity: pass --images FOLDER' if least == MIN_PARITY_PICTURES else 'make a canary of'}"
         )
     labelled = 1 < len(set(folders)) <= len(folders) // 2 and "" not in folders
     return Sample(np.stack(pixels), encoded, folders if labelled else None)

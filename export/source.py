@@ -95,7 +95,7 @@ def exported_with(*packages: str) -> dict[str, str]:
 def _open_run(asked: Export, console: Console) -> Source:
     given = [
         f"--{name.replace('_', '-')}"
-        for name in ("model", "patch_size", "image_size", "normalization", "fit", "output")
+        for name in ("model", "patch_size", "normalization", "fit", "output")
         if getattr(asked, name) is not None
     ]
     run = read_run(asked.source)
@@ -103,14 +103,19 @@ def _open_run(asked: Export, console: Console) -> Source:
         raise RefusalError(f"{asked.source} is a run, which knows its network: leave out {' and '.join(given)}")
     file, run = _choose_weights(asked, run, console)
     state = read_run_weights(file, run)
-    spec = run.encoder.model_copy(update={"pooling": asked.pooling or run.encoder.pooling})
+    size = asked.image_size or run.encoder.image_size
+    spec = run.encoder.model_copy(update={"pooling": asked.pooling or run.encoder.pooling, "image_size": size})
+    if size != run.encoder.image_size:
+        state = fit_state(state, build_encoder(spec), str(file), "leave --image-size out")
+        console.print(f"the run saw pictures of {run.encoder.image_size} px, the bundle takes {size} px")
     provenance = {
         "kind": "run", "method": run.method, "seed": run.seed, "steps_done": run.steps_done,
         "data": run.data.model_dump(mode="json"), "git_revision": run.git_revision, "trained_with": run.versions,
         "exported_with": exported_with("torch", "timm", "onnxscript"),
     }  # fmt: skip
     graph = load_encoder(spec, state, str(file), asked.patches)
-    return of_network(graph, spec, run.preprocess, run.weights_sha256, provenance, Path(run.data.folder))
+    preprocess = run.preprocess.model_copy(update={"size": size})
+    return of_network(graph, spec, preprocess, run.weights_sha256, provenance, Path(run.data.folder))
 
 
 def _open_weights(asked: Export, console: Console) -> Source:

@@ -12,13 +12,13 @@ import pytest
 import timm
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from export.bundle import Bundle, EncoderSpec, RefusalError, tensors_sha256
+from export.bundle import Bundle, EncoderSpec, RefusalError, read_run, tensors_sha256
 from export.command import write_bundle
-from export.onnx_graph import attentions, build_encoder, has_class_token, load_encoder
-from export.preprocess import PreprocessSpec
+from export.onnx_graph import EmbeddingGraph, attentions, build_encoder, has_class_token, load_encoder
+from export.preprocess import PreprocessSpec, find_pictures, preprocess
 from export.runtime import Runtime, open_graph
 from export.sample import read_sample
 from export.source import of_network
@@ -149,6 +149,22 @@ def test_a_run_knows_its_network(run: Path, tmp_path: Path, refused: Callable[..
     assert "leave out --model" in refused("export", run, "--out", tmp_path / "b", "--model", "resnet18")
     assert main(["export", str(run), "--out", str(tmp_path / "b"), "--pooling", "cls+mean"]) == 0
     assert Bundle.open(tmp_path / "b").dim == 128
+
+
+def test_a_run_can_take_larger_pictures_than_it_saw(run: Path, pictures: Path, tmp_path: Path) -> None:
+    assert main(["export", str(run), "--out", str(tmp_path / "b"), "--image-size", "48"]) == 0
+    larger, about = Bundle.open(tmp_path / "b"), read_run(run)
+    assert larger.manifest.preprocess == about.preprocess.model_copy(update={"size": 48})
+    assert larger.manifest.weights_sha256 == about.weights_sha256  # they are the run's, and the space is another
+    net = build_encoder(about.encoder.model_copy(update={"image_size": 48}))
+    state = load_file(run / "encoder.safetensors")
+    grid = state["pos_embed"][:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, (6, 6), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    net.load_state_dict({**state, "pos_embed": torch.cat([state["pos_embed"][:, :1], grid], 1)})
+    graph = EmbeddingGraph(net.eval(), larger.manifest.encoder)
+    pixels = np.stack([preprocess(p.read(), larger.manifest.preprocess).pixels for p in find_pictures(pictures)[:5]])
+    rows = Runtime(larger, "cpu", 1).embed(pixels)
+    assert np.abs(rows - graph.embed(torch.from_numpy(pixels)).numpy()).max() < 1e-5
 
 
 # --- ONNX files -------------------------------------------------------------------------------------------------
