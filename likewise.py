@@ -31,6 +31,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str, str, str]] = {
     ),
     ("report",): ("training.config", "Report", "cpu,train", "write a run's report.html again"),
     ("export",): ("export.config", "Export", "cpu,export", "turn an encoder into an ONNX bundle with proven parity"),
+    ("bundle", "list"): ("export.bundle_command", "List", "cpu", "list the encoders that come with likewise"),
     ("bundle", "show"): ("export.bundle_command", "Show", "cpu", "say what a bundle is"),
     ("bundle", "verify"): ("export.bundle_command", "Verify", "cpu", "check a bundle on this machine"),
     ("bundle", "diff"): ("export.bundle_command", "Diff", "cpu", "say how two bundles differ"),

@@ -1,4 +1,4 @@
-"""`likewise bundle show | verify | diff`: what a bundle is, whether it is whole and faithful here, how two differ."""
+"""`likewise bundle list | show | verify | diff`: what a bundle is, whether it is whole and faithful here, how two differ."""
 
 from __future__ import annotations
 
@@ -13,16 +13,41 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
 from export.bundle import Bundle, Embeddings, RefusalError, changing, write_file
+from export.shipped import CARD, CHOSEN, BundleFolder, is_shipped, licence, shipped
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class List(BaseModel):
+    """List the encoders that come with likewise."""
+
+    model_config = _CONFIG
+    json_: bool = Field(False, alias="json")
+    """Print them as JSON: name → folder."""
+
+    def cli_cmd(self) -> int:
+        """Run the command."""
+        if self.json_:
+            print(json.dumps({name: str(folder) for name, folder in shipped().items()}, indent=2))
+            return 0
+        for name, folder in shipped().items():
+            bundle = Bundle.open(folder)
+            size = sum(record.bytes for record in bundle.manifest.files.values()) / 2**20
+            encoder = bundle.manifest.encoder
+            print(
+                f"{name}{' (the default)' if name == CHOSEN else ''}: {encoder.model} at {encoder.image_size} px, "
+                f"{bundle.dim} dimensions, {size:.1f} MiB, space {bundle.space_id}"
+            )
+            print(f"    {licence(folder)}\n    {folder / CARD}")
+        return 0
 
 
 class Show(BaseModel):
     """Say what a bundle is: network, preprocessing, graphs, where it comes from, what was measured."""
 
     model_config = _CONFIG
-    bundle: CliPositionalArg[Path]
-    """The bundle folder."""
+    bundle: CliPositionalArg[BundleFolder]
+    """The bundle folder, or the name of an encoder that comes with likewise."""
     json_: bool = Field(False, alias="json")
     """Print the manifest itself."""
 
@@ -40,8 +65,8 @@ class Verify(BaseModel):
     """Check a bundle on this machine: checksums, canary, and with pictures every graph beside fp32."""
 
     model_config = _CONFIG
-    bundle: CliPositionalArg[Path]
-    """The bundle folder."""
+    bundle: CliPositionalArg[BundleFolder]
+    """The bundle folder, or the name of an encoder that comes with likewise."""
     images: Path | None = None
     """Pictures to measure parity on; the figures are added to parity.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -57,9 +82,9 @@ class Diff(BaseModel):
     """Say how two bundles differ; with pictures also how many neighbours they share."""
 
     model_config = _CONFIG
-    one: CliPositionalArg[Path]
+    one: CliPositionalArg[BundleFolder]
     """A bundle folder."""
-    other: CliPositionalArg[Path]
+    other: CliPositionalArg[BundleFolder]
     """Another one."""
     images: Path | None = None
     """Pictures whose neighbours are compared, each prepared as its bundle wants it."""
@@ -143,7 +168,9 @@ def verify(asked: Verify) -> None:
                         f"not use {name} here"
                     )
             console.print(line)
-    if sample is not None:
+    if sample is not None and is_shipped(bundle.folder):
+        console.print(f"not kept: {bundle.folder.name} is part of likewise and stays as it is")
+    elif sample is not None:
         try:
             with changing(bundle.folder, wait=True):
                 for found in measured:

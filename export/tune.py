@@ -15,6 +15,7 @@ from export.machine import cache_folder, cpu_quota
 from export.parity import GATE_PICTURES, measure_speed, read_parity
 from export.providers import CPU, CUDA, ON_GPU, TENSORRT, GpuOptions
 from export.runtime import Device, Runtime, offered, runtime_name, tensorrt_problem
+from export.shipped import is_shipped
 
 MIN_OVERLAP = 0.98
 """Vectors of two variants are one collection's, and a faster variant takes fp32's place, from this stored overlap@10 on."""
@@ -191,8 +192,9 @@ def _time(bundle: Bundle, device: Device, threads: int | None, candidate: Candid
 
 
 def _places(bundle: Bundle) -> list[Path]:
-    """Beside the bundle, or where that cannot be written in the user's cache."""
-    return [bundle.folder / "machine.json", cache_folder() / f"{bundle.manifest.seal[:32]}.json"]
+    """Beside the bundle; where that cannot be written, or is part of the package, in the user's cache."""
+    cached = cache_folder() / f"{bundle.manifest.seal[:32]}.json"
+    return [cached] if is_shipped(bundle.folder) else [bundle.folder / "machine.json", cached]
 
 
 def read_timings(bundle: Bundle) -> Timings:

@@ -12,6 +12,7 @@ from pydantic_settings import NoDecode
 
 from export.bundle import RefusalError
 from export.preprocess import DecodeLimits
+from export.shipped import DEFAULT, BundleFolder
 from service.policy import IndexPolicy
 
 
@@ -20,8 +21,9 @@ class Embedding(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    bundle: Path
-    """The bundle that embeds pictures."""
+    bundle: BundleFolder = Field(Path(DEFAULT), validate_default=True)
+    """The bundle that embeds pictures: a folder, or the name of an encoder that comes with likewise (`likewise bundle
+    list`); the default one of those where absent."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to embed; cpu keeps indexes off the GPU, too."""
     variant: Literal["auto", "fp32", "fp16", "int8"] = "auto"
@@ -249,7 +251,7 @@ class Serve(Embedding):
 
     collections: Path = Path("collections")
     """A folder of collections (made where absent), or a single collection."""
-    other_bundles: list[Path] = []
+    other_bundles: list[BundleFolder] = []
     """More bundles: collections of their spaces are served, too."""
     follow: bool = False
     """Serve what another process of this machine writes to the collections, as it is committed; writes are refused here

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from export.bundle import Bundle, RefusalError, printable
 from export.machine import cpu_model, cpu_quota, gpu_model
+from export.shipped import BundleFolder
 from service.config import Serve
 
 # Files that a server has open for each collection, and what it needs besides.
@@ -52,7 +53,7 @@ class Doctor(BaseModel):
 
     collections: Path = Path("collections")
     """Where collections are, or are to be."""
-    bundle: Path | None = None
+    bundle: BundleFolder | None = None
     """A bundle to check, too."""
 
     def cli_cmd(self) -> int:

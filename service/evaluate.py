@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from export.bundle import Bundle, Contract, Embeddings, RefusalError, write_file
 from export.machine import cpu_model, cpu_quota
+from export.shipped import BundleFolder
 from service import quality
 from service.collection import Collection
 from service.config import Embedding
@@ -59,7 +60,7 @@ class IndexEvaluate(BaseModel):
     """With --label: only items for which it holds are queries, such as 'split = test' (see docs/collections.md)."""
     gallery_filter: str = ""
     """With --label: only items for which it holds are ranked."""
-    bundle: Path | None = None
+    bundle: BundleFolder | None = None
     """The bundle that the collection was built with: edited pictures are searched with it."""
     against: Path | None = None
     """Another collection with the same keys, such as one of an older encoder."""

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from export.bundle import Bundle, RefusalError, list_pictures
 from export.preprocess import UnreadablePictureError
+from export.shipped import DEFAULT, BundleFolder
 from export.sources.picture import Picture
 from service.collection import LARGEST
 from service.config import Constraints, Embedding
@@ -39,10 +40,10 @@ class IndexPlan(Constraints):
 
     images: Path | None = None
     """Folder of pictures; some of them are embedded to measure the speed of this machine."""
-    bundle: Path | None = None
-    """The bundle that embeds them."""
+    bundle: BundleFolder = Field(Path(DEFAULT), validate_default=True)
+    """The bundle that embeds them; the default one of likewise where absent."""
     rows: int | None = Field(None, gt=0)
-    """Instead of a folder: so many rows, with --dim."""
+    """Instead of a folder: so many rows, of --dim or of the bundle's dimensions."""
     dim: int | None = Field(None, gt=0)
     """Dimensions of their vectors."""
     collection: Path | None = None
@@ -76,15 +77,11 @@ class _Speed(NamedTuple):
 def plan(asked: IndexPlan) -> dict[str, Any]:
     """Figures by name: counts, seconds, bytes. Raises `RefusalError`."""
     if sum(given is not None for given in (asked.images, asked.rows, asked.collection)) != 1:
-        raise RefusalError("give one of --images, --collection, and --rows with --dim")
+        raise RefusalError("give one of --images, --collection and --rows")
     found: dict[str, Any] = {}
     some: list[Picture] = []
-    bundle = None if asked.bundle is None else Bundle.open(asked.bundle)
-    if asked.rows is None and bundle is None:
-        raise RefusalError("pictures are embedded by a bundle: pass --bundle")
+    bundle = Bundle.open(asked.bundle) if asked.rows is None or asked.dim is None else None
     if asked.rows is not None:
-        if asked.dim is None and bundle is None:
-            raise RefusalError("the size of an index follows from its dimensions: pass --dim or --bundle")
         count = asked.rows
     elif asked.images is not None:
         unread: list[tuple[str, str]] = []
@@ -101,7 +98,8 @@ def plan(asked: IndexPlan) -> dict[str, Any]:
     dim = asked.dim or (bundle.dim if bundle is not None else 0)
     found["dimensions"] = dim
     if some:
-        speed = _measured(asked, some)
+        assert bundle is not None
+        speed = _measured(bundle, some)
         found |= {
             "embedding_with": speed.where, "pictures_per_second": round(speed.pictures, 1),
             "embedding_seconds": round(count / speed.pictures), "unreadable_in_sample": speed.unreadable,
@@ -140,9 +138,9 @@ def _spread(pictures: Sequence[Picture], count: int) -> list[Picture]:
     return [pictures[i] for i in sorted({int(i) for i in np.linspace(0, len(pictures) - 1, min(count, len(pictures)))})]
 
 
-def _measured(asked: IndexPlan, pictures: list[Picture]) -> _Speed:
+def _measured(bundle: Bundle, pictures: list[Picture]) -> _Speed:
     """Embed a sample as a build does."""
-    encoder = Encoder(Bundle.open(asked.bundle or Path()), Embedding.model_validate({"bundle": asked.bundle}))
+    encoder = Encoder(bundle, Embedding(bundle=bundle.folder))
     try:
         size = encoder.bundle.manifest.encoder.image_size
         encoder.embed(np.zeros((2, size, size, 3), np.uint8))

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from export.bundle import Bundle, Embeddings, RefusalError, printable, sha256_file, write_unreadable
 from export.preprocess import DEFAULT_LIMITS, DecodeLimits, UnreadablePictureError, first_folder
+from export.shipped import flag
 from export.sources.picture import Picture, SourcePicture, picture_at
 from service.collection import Collection
 from service.config import Constraints, Embedding
@@ -431,7 +432,7 @@ def _replay(
         new.maintain()
     console.print(
         f"done: {asked.out} holds {len(new):,} items, up to write {new.followed:,} of {asked.old}, a lag of {work.lag:,} "
-        f"({work.embedded:,} embedded now, {len(listed):,} left out)   next: likewise serve --bundle {asked.bundle} "
+        f"({work.embedded:,} embedded now, {len(listed):,} left out)   next: likewise serve{flag(asked.bundle)} "
         f"--collections {asked.out}"
     )
     if listed and not asked.leave_out:

@@ -17,6 +17,7 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
 from export.bundle import Bundle, RefusalError, make_folder, publish, write_file
+from export.shipped import BundleFolder
 from export.sources.lists import missing, plain
 from service.collection import Collection, check_payload
 from service.config import Constraints
@@ -39,7 +40,7 @@ class IndexAdd(Constraints):
     rows: Path
     """A Parquet file, or a folder of as many as there are .npy files, in the same order: a column `key`, optionally
     `source_uri` and `payload` (JSON objects); every other column becomes a field of the payload."""
-    bundle: Path | None = None
+    bundle: BundleFolder | None = None
     """The bundle that made the embeddings."""
     space_id: str | None = Field(None, min_length=1, max_length=200)
     """Where no bundle made them: a name for their space, the same for all that may be compared."""

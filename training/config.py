@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_settings import CliPositionalArg
+
+from export.shipped import run_folder
 
 
 class Train(BaseModel):
@@ -25,8 +27,9 @@ class Train(BaseModel):
     """The run folder to write."""
     resume: bool = False
     """Continue the run in `--out` from its last checkpoint (starts it where there is none yet)."""
-    init: Path | None = None
-    """Start from these weights: a timm state dict (.safetensors, .pth) or another run folder."""
+    init: Annotated[Path | None, BeforeValidator(run_folder)] = None
+    """Start from these weights: `default` (the encoder that comes with likewise) or the name of another of those, a run
+    folder, or a timm state dict (.safetensors, .pth)."""
     normalization: Literal["imagenet", "model"] = "imagenet"
     """Mean and deviation of the input: ImageNet's, or those that timm names for the encoder (with --init of a timm state
     dict; a run folder brings its own)."""
@@ -35,13 +38,15 @@ class Train(BaseModel):
     preset: Literal["auto", "small", "paper"] = "auto"
     """small: the settings that hold below 50,000 pictures (with KoLeo). paper: the published ones (no stabiliser)."""
     encoder: str | None = None
-    """A timm ViT, such as vit_small_patch16_224, vit_micro (1 M parameters) or vit_nano (0.1 M)."""
+    """A timm ViT, such as vit_small_patch16_224, vit_micro (1 M parameters) or vit_nano (0.1 M); that of --init's run where
+    absent."""
     image_size: int | None = Field(None, ge=16, le=1024)
     """Input height and width, in pixels; a multiple of the patch size."""
     patch_size: int | None = Field(None, ge=2, le=64)
     """Side of a patch, in pixels."""
-    fit: Literal["crop", "pad"] = "crop"
-    """How whole pictures become squares at inference: crop the centre, or pad to the longer side."""
+    fit: Literal["crop", "pad"] | None = None
+    """How whole pictures become squares at inference: crop the centre (where absent, or as --init's run does), or pad to the
+    longer side."""
     views: Literal["auto", "photographs", "products", "orientation-free", "documents", "greyscale"] = "auto"
     """photographs: flips, colour jitter, grey, blur. products: colours are kept. orientation-free: adds free rotation
     and colour mixing (microscopy, aerial pictures, parts, drawn shapes). documents: no flips, hardly any rotation.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from export.bundle import EncoderSpec, RefusalError, read_run
+from export.bundle import EncoderSpec, RefusalError, RunManifest, read_run
 from training.config import Hardware, Recipe, Train
 
 MIN_PICTURES = 32
@@ -184,7 +184,9 @@ def resolve(
         epochs = _paper_epochs(values["width"]) if preset == "paper" else 40
         values["steps"] = max(epochs * per_epoch, 2000)
         why["steps"] = f"{epochs} epochs of {per_epoch:,} steps, at least 2,000 updates"
-    values.update(method=asked.method, fit=asked.fit, seed=asked.seed, views=asked.views)
+    begun = _begun_with(asked)
+    fit = asked.fit or ("crop" if begun is None else begun.preprocess.fit)
+    values.update(method=asked.method, fit=fit, seed=asked.seed, views=asked.views)
     if asked.views == "auto":
         values["views"], why["views"] = views
     if preset == "paper" and values["steps"]:  # published in epochs: 10, and 30 for S or 50 for B and L
@@ -248,11 +250,9 @@ def _start_from(asked: Train, values: dict[str, Any], why: dict[str, str]) -> No
 def _normalization(
     asked: Train, model: str, why: dict[str, str]
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    # Of a run that began with another one's weights, what they were is kept where the other is gone.
-    run = asked.init if asked.init is None or asked.init.exists() else asked.out
-    if run is not None and (run / "run.json").is_file():
-        spec = read_run(run).encoder
-        return spec.mean, spec.std
+    begun = _begun_with(asked)
+    if begun is not None:
+        return begun.encoder.mean, begun.encoder.std
     if asked.normalization == "model":
         from training.encoder import native_normalization
 
@@ -273,12 +273,21 @@ def _normalization(
     return mean, std
 
 
+def _begun_with(asked: Train) -> RunManifest | None:
+    """The run whose weights --init names. Where it is gone, this one's own manifest, which keeps what it was."""
+    run = asked.init if asked.init is None or asked.init.exists() else asked.out
+    return read_run(run) if run is not None and (run / "run.json").is_file() else None
+
+
 def _paper_epochs(width: int) -> int:
     return next((epochs for least, epochs in sorted(_PAPER_EPOCHS.items(), reverse=True) if width >= least), 800)
 
 
 def _choose_encoder(asked: Train, hardware: Hardware, why: dict[str, str]) -> dict[str, Any]:
-    name = asked.encoder
+    name, begun = asked.encoder, _begun_with(asked)
+    if name is None and begun is not None:
+        why["model"] = "that of --init"
+        return _same_encoder(asked, begun.encoder, why)
     if name is None:
         name = "vit_micro" if hardware.device == "cpu" else "vit_small_patch16_224"
         why["model"] = f"training on {hardware.name}"
@@ -300,6 +309,24 @@ def _choose_encoder(asked: Train, hardware: Hardware, why: dict[str, str]) -> di
     chosen = {
         "model": name, "model_kwargs": kwargs, "image_size": asked.image_size or native.size, "patch_size": patch,
         "width": native.width,
+    }  # fmt: skip
+    return chosen | {"mim_weight": 0.0} if native.convolutional else chosen
+
+
+def _same_encoder(asked: Train, spec: EncoderSpec, why: dict[str, str]) -> dict[str, Any]:
+    from training.encoder import architecture
+
+    native = architecture(spec.model)
+    if native.convolutional:
+        _require_adaptation(asked, spec.model, why)
+    patch = spec.kwargs.get("patch_size", native.patch)
+    if asked.patch_size not in (None, patch):
+        raise RefusalError(f"--init holds an encoder with patches of {patch} px: leave --patch-size out")
+    if asked.image_size is None:
+        why["image_size"] = "that of --init"
+    chosen = {
+        "model": spec.model, "model_kwargs": spec.kwargs, "image_size": asked.image_size or spec.image_size,
+        "patch_size": patch, "width": spec.kwargs.get("embed_dim", native.width),
     }  # fmt: skip
     return chosen | {"mim_weight": 0.0} if native.convolutional else chosen
 

@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliPositionalArg
 
+from export.shipped import BundleFolder
+
 Task = Literal["knn", "linear", "retrieval", "copies", "label-free", "revisited"]
 
 
@@ -19,15 +21,16 @@ class Evaluate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    source: CliPositionalArg[Path]
-    """A run folder, a bundle folder, or a file of timm weights (with --model)."""
+    source: CliPositionalArg[BundleFolder]
+    """A run folder, a bundle folder, the name of an encoder that comes with likewise (`default`), or a file of timm weights
+    (with --model)."""
     data: CliPositionalArg[Path]
     """Folder of pictures: the queries, or everything where no other folder is given."""
     out: Path
     """Folder for results.json, plots and the features that a repeated evaluation reuses."""
     tasks: list[Task] | None = None
     """Which tasks, separated by commas; what the data offer where absent."""
-    against: Path | None = None
+    against: BundleFolder | None = None
     """A second encoder, measured beside the first: neighbour agreement and paired differences."""
 
     bank: Path | None = None
