@@ -31,4 +31,5 @@ EXPOSE 50051 9464
 # Readiness, through our own client: the canary picture and query came back right.
 HEALTHCHECK --interval=15s --timeout=6s --start-period=60s CMD ["likewise", "healthcheck"]
 ENTRYPOINT ["likewise"]
-CMD ["serve", "--host", "0.0.0.0", "--bundle", "/bundle", "--collections", "/collections"]
+# With the encoder in the box; one of yours: serve --host 0.0.0.0 --bundle /bundle --collections /collections
+CMD ["serve", "--host", "0.0.0.0", "--collections", "/collections"]

@@ -10,19 +10,27 @@ RUNTIME ?= cpu
 IMAGES ?=
 MINUTES ?= 2
 
-.PHONY: help setup demo test test-slow test-gpu test-scale check format proto baseline load bench soak fuzz image clean
+.PHONY: help setup demo demo-train test test-slow test-gpu test-scale check format proto baseline load bench soak fuzz image clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: pyproject.toml runs/setup.sh
-	@bash runs/setup.sh "$(PYTHON)" "$(VENV)" "$(RUNTIME),train,export,serve,dev,demo" 7
+	@bash runs/setup.sh "$(PYTHON)" "$(VENV)" "$(RUNTIME),train,export,serve,dev,demo" torch "4 GB" 7
+	@touch $@
+
+# What the demo needs, without torch; nothing where everything is there.
+$(VENV)/.ready-demo: pyproject.toml runs/setup.sh
+	@[ -e $(VENV)/.ready ] || bash runs/setup.sh "$(PYTHON)" "$(VENV)" "$(RUNTIME),serve,demo" sklearn "300 MB" 2
 	@touch $@
 
 setup: $(VENV)/.ready ## Create the environment in .venv with everything (says how much it downloads first)
 
-demo: $(VENV)/.ready ## Pictures → trained encoder → bundle → collection → gRPC answers. IMAGES=FOLDER for your own
-	@$(BIN)/python runs/demo.py --minutes $(MINUTES) $(if $(IMAGES),--images "$(IMAGES)")
+demo: $(VENV)/.ready-demo ## Pictures → collection → gRPC answers, without torch. IMAGES=FOLDER for your own
+	@$(BIN)/python runs/demo.py $(if $(IMAGES),--images "$(IMAGES)")
+
+demo-train: $(VENV)/.ready ## Pictures → trained encoder → bundle → collection → gRPC answers. IMAGES=FOLDER, MINUTES=2
+	@$(BIN)/python runs/demo.py --train --minutes $(MINUTES) $(if $(IMAGES),--images "$(IMAGES)")
 
 test: $(VENV)/.ready ## The default tests (no GPU, under 6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

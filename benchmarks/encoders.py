@@ -1,6 +1,7 @@
 """What encoders are worth, one beside the other and beside what needs no learning: the table of the model cards.
 
-    python -m benchmarks.encoders --packs FOLDER --out FOLDER --encoder NAME=BUNDLE [--encoder …] [--bank 1] [--quick]
+    python -m benchmarks.encoders --packs FOLDER --out FOLDER --encoder NAME=BUNDLE [--encoder …] [--untrained NAME=BUNDLE]
+        [--bank 1] [--quick]
 
 `--packs` holds the maintainers' development packs as .npz (blob of encoded pictures, offset, label, group, split):
 
@@ -9,8 +10,9 @@
     copydet-dev      12 edits of 75 pictures each, 450 in the gallery, 150 negatives; µAP of each query's best candidate
     tinyin64-val5k   kNN, k = 20, temperature 0.07, against the first `--bank` of three training parts
 
-Every encoder is a bundle, prepared as it says and run as it is served; rows that need no learning see the whole picture
-padded to a square of 160 px. `--tasks` leaves packs out.
+Every encoder is a bundle, or one that comes with likewise (`default`), prepared as it says and run as it is served;
+`--untrained` measures a bundle's network with random weights (timm's initialisation, seed 0). Rows that need no learning see
+the whole picture padded to a square of 160 px. `--tasks` leaves packs out.
 
 R@1 and mAP in %; the standard error of a share of grocery's 2,485 queries is at most one point, of 81 catalogue pictures
 five, of 900 copies one and a half. Features are kept in `--out` and used again.
@@ -27,12 +29,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarks.record import cpu_name, finish
 from export.bundle import Bundle, Embeddings
+from export.onnx_graph import EmbeddingGraph, build_encoder
 from export.preprocess import Pixels, PreprocessSpec, preprocess
 from export.runtime import Runtime
+from export.shipped import bundle_folder
 from training.evaluate.copies import CopyTask, detect
 from training.evaluate.descriptors import BASELINES
 from training.evaluate.retrieval import knn_top1, retrieve
@@ -99,13 +104,27 @@ def in_grey(data: bytes) -> bytes:
 
 
 def of_bundle(name: str, folder: Path) -> Encoder:
-    bundle = Bundle.open(folder)
+    bundle = Bundle.open(bundle_folder(folder))
     runtime = Runtime(bundle, device="cpu")
     digest = bundle.manifest.files[bundle.manifest.variants[runtime.variant].file].sha256
     return Encoder(name, f"{digest} {bundle.manifest.preprocess.sha256()}", bundle.manifest.preprocess, runtime.embed)
 
 
-def grocery(rows: Embeddings, pack: Pack) -> dict[str, float]:
+def of_random_weights(name: str, folder: Path) -> Encoder:
+    """The network of a bundle before it learned anything."""
+    manifest = Bundle.open(bundle_folder(folder)).manifest
+    torch.manual_seed(0)
+    graph = EmbeddingGraph(build_encoder(manifest.encoder), manifest.encoder).eval()
+
+    def embed(pixels: Pixels) -> Embeddings:
+        rows: Embeddings = graph.embed(torch.from_numpy(pixels)).numpy()
+        return rows
+
+    described = manifest.encoder.model_copy(update={"projection": None}).model_dump_json()
+    return Encoder(name, f"untrained {described} {manifest.preprocess.sha256()}", manifest.preprocess, embed)
+
+
+def grocery(rows: Embeddings, pack: Pack, _: Encoder) -> dict[str, float]:
     def part(*splits: str) -> tuple[Embeddings, Any]:
         chosen = np.isin(pack.split, splits)
         return rows[chosen], pack.label[chosen].astype(np.int64)
@@ -118,7 +137,7 @@ def grocery(rows: Embeddings, pack: Pack) -> dict[str, float]:
     return figures
 
 
-def coil(rows: Embeddings, pack: Pack) -> dict[str, float]:
+def coil(rows: Embeddings, pack: Pack, _: Encoder) -> dict[str, float]:
     """Each of the four query angles by itself, as its gallery is its own."""
     angle = np.array([int(split.removeprefix("angle")) for split in pack.split])
     label = pack.label.astype(np.int64)
@@ -132,7 +151,7 @@ def coil(rows: Embeddings, pack: Pack) -> dict[str, float]:
     return {"R@1": float(np.mean(firsts)), "mAP": float(np.mean(precisions))}
 
 
-def copies(rows: Embeddings, pack: Pack) -> dict[str, float]:
+def copies(rows: Embeddings, pack: Pack, _: Encoder) -> dict[str, float]:
     gallery, queries = (np.flatnonzero(pack.split == "gallery"), np.flatnonzero(pack.split != "gallery"))
     place = {int(pack.group[g]): i for i, g in enumerate(gallery)}
     originals = [
@@ -145,11 +164,15 @@ def copies(rows: Embeddings, pack: Pack) -> dict[str, float]:
     return {"µAP": found.micro_ap_best, "R@P90": found.recall_at_precision_90, "R@1": found.recall_at_1, **named}
 
 
+Score = Callable[[Embeddings, Pack, Encoder], dict[str, float]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for features")
     parser.add_argument("--encoder", action="append", default=[], metavar="NAME=BUNDLE")
+    parser.add_argument("--untrained", action="append", default=[], metavar="NAME=BUNDLE")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--bank", type=int, default=1, choices=(1, 2, 3), help="training parts that kNN votes with")
     parser.add_argument("--no-baselines", action="store_true")
@@ -159,21 +182,23 @@ def main() -> None:
     tasks, limit = args.tasks.split(","), 20 if args.quick else None
     padded = PreprocessSpec(size=SIDE, fit="pad")
     encoders = [] if args.no_baselines else [Encoder(n, f"{n} {SIDE}", padded, e) for n, e in BASELINES.items()]
-    for pair in args.encoder:
-        name, _, folder = pair.partition("=")
-        encoders.append(of_bundle(name, Path(folder)))
+    floors = [encoder.name for encoder in encoders]
+    for make, pairs in ((of_random_weights, args.untrained), (of_bundle, args.encoder)):
+        for pair in pairs:
+            name, _, folder = pair.partition("=")
+            encoders.append(make(name, Path(folder)))
+    named = [pair.partition("=")[0] for pair in args.encoder]
 
     def pack(name: str) -> Pack:
         return Pack(args.packs / f"{name}.npz", limit)
 
     figures: dict[str, dict[str, float]] = {encoder.name: {} for encoder in encoders}
 
-    def measure(task: str, name: str, score: Callable[..., dict[str, float]], *, grey: bool = False) -> None:
+    def measure(task: str, name: str, score: Score, *, grey: bool = False) -> None:
         pictures = pack(name)
         for encoder in encoders:
             start = time.perf_counter()
-            known = [encoder] if task == "val5k" else []
-            found = score(pictures.features(encoder, args.out, grey), pictures, *known)
+            found = score(pictures.features(encoder, args.out, grey), pictures, encoder)
             figures[encoder.name] |= {f"{task} {key}": value for key, value in found.items()}
             print(f"  {task}, {encoder.name}: {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -204,13 +229,11 @@ def main() -> None:
     for name, found in figures.items():
         print(f"{name:<28}" + "".join(f"{100 * found[key]:>12.1f}" for key in shown))
     print()
-    floors = [name for name in BASELINES if name in figures]
     goals = []
-    for encoder in encoders[len(floors) :]:
+    for name in named:
         for key in ("grocery A mAP", "grocery B mAP", "copies µAP"):
-            if floors and key in figures[encoder.name]:
-                best = max(figures[name][key] for name in floors)
-                goals.append((f"{encoder.name}: {key}", figures[encoder.name][key], best))
+            if floors and key in figures[name]:
+                goals.append((f"{name}: {key}", figures[name][key], max(figures[floor][key] for floor in floors)))
     finish(args.name, {"bank_parts": args.bank, "encoders": figures}, goals, 0, args.quick)
 
 

@@ -1,7 +1,8 @@
-"""The whole chain on real pictures: train → export → index → serve → query.
+"""Similar pictures, from a folder to answers over gRPC: index → serve → query, with the encoder that comes with likewise.
 
     make demo                          photographs that ship with scikit-image and scikit-learn, many views of each
     make demo IMAGES=~/Pictures        your own pictures
+    make demo-train [IMAGES=…]         the whole chain: train an encoder on these pictures alone, export it, then the same
 
 Everything lands in demo/. Interrupted and run again, it continues where it was.
 """
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -37,6 +39,7 @@ QUERIES_SHOWN = 6
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="your own folder of pictures")
+    parser.add_argument("--train", action="store_true", help="train an encoder on these pictures, too")
     parser.add_argument("--minutes", type=float, default=2.0, help="training time (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("demo"))
     args = parser.parse_args()
@@ -52,38 +55,59 @@ def main() -> int:
         queries = _own_queries(found, place)
     else:
         place = args.out / "photographs"
-        pictures, queries = _photographs(place)
+        pictures, queries = photographs(place)
 
-    _step("1  train: SOP, on these pictures alone")
-    common = ["--encoder", "vit_micro", "--image-size", "48", "--patch-size", "8", "--device", "auto"]
-    train = ["train", str(pictures), *common, "--resume"]
-    _likewise(*train, "--out", str(place / "untrained"), "--steps", "0", quiet=True)
-    _likewise(*train, "--out", str(place / "run"), "--minutes", str(args.minutes))
-    _step("2  export: one ONNX file, proven against the network")
-    _step_bundle(place, "untrained", quiet=True)
-    _step_bundle(place, "run")
-    _step("3  index: embed the pictures, build a collection")
-    for name in ("untrained", "run"):
-        bundle, collection = place / f"bundle-{name}", place / f"collections-{name}" / "pictures"
-        build = ["index", "build", "--bundle", str(bundle), "--images", str(pictures), "--out", str(collection)]
-        _likewise(*build, quiet=name == "untrained")
-    _step("4  serve and query, over gRPC")
-    recall = {}
-    for name in ("untrained", "run"):
-        recall[name] = _query(place, name, queries)
+    names = ["default"]
+    if args.train:
+        names = ["untrained", "run", "default"]
+        _step("train: SOP, on these pictures alone")
+        common = ["--encoder", "vit_micro", "--image-size", "48", "--patch-size", "8", "--device", "auto"]
+        train = ["train", str(pictures), *common, "--resume"]
+        _likewise(*train, "--out", str(place / "untrained"), "--steps", "0", quiet=True)
+        _likewise(*train, "--out", str(place / "run"), "--minutes", str(args.minutes))
+        _step("export: one ONNX file, proven against the network")
+        for name in ("untrained", "run"):
+            _likewise("export", str(place / name), "--out", str(place / f"bundle-{name}"), quiet=name == "untrained")
+    shown = "run" if args.train else "default"
+    _step("index: embed the pictures, build a collection")
+    for name in names:
+        build = ["index", "build", *_bundle(place, name), "--images", str(pictures)]
+        _likewise(*build, "--out", str(place / f"collections-{name}" / "pictures"), quiet=name != shown)
+    _step("serve and query, over gRPC")
+    right = {name: _query(place, name, queries, place / "sheet.png" if name == shown else None) for name in names}
     print()
-    if recall["run"] is not None:
-        print(f"Recall@1 of {len(queries)} queries whose scene is known: {recall['run']:.0%} after training, ", end="")
-        print(f"{recall['untrained']:.0%} with the same network untrained.")
+    known = right[shown]
+    if known is not None and args.train:
+        print(f"Recall@1 of {known.of} queries whose scene is known: {known} after training, ", end="")
+        print(f"{right['untrained']} with the same network untrained, {right['default']} with likewise's own encoder.")
+    elif known is not None:
+        print(f"{known.count} of {known.of} queries found a picture of their own scene first ({known}).")
     minutes = (time.monotonic() - start) / 60
-    sheet, bundle = place / "sheet.png", place / "bundle-run"
-    print(f"The contact sheet is {sheet}. This took {minutes:.1f} minutes.\n")
+    print(f"The contact sheet is {place / 'sheet.png'}. This took {minutes:.1f} minutes.\n")
     print("Next:")
-    print(f"  .venv/bin/likewise serve --bundle {bundle} --collections {place / 'collections-run'} &")
+    bundle = "".join(f" {part}" for part in _bundle(place, shown))
+    print(f"  .venv/bin/likewise serve{bundle} --collections {place / f'collections-{shown}'} &")
     print("  .venv/bin/likewise query PICTURE.jpg --out sheet.png")
     if not args.images:
         print("  make demo IMAGES=~/Pictures        # the same with your own")
+    if not args.train:
+        print("  make demo-train                    # train an encoder, too (installs torch, 6 GB)")
     return 0
+
+
+class Right(NamedTuple):
+    """Queries whose first neighbour is the right one."""
+
+    count: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.count / self.of:.0%}"
+
+
+def _bundle(place: Path, name: str) -> list[str]:
+    """Flags that name an encoder; none for the default one."""
+    return [] if name == "default" else ["--bundle", str(place / f"bundle-{name}")]
 
 
 class Query:
@@ -106,7 +130,7 @@ def _own_queries(found: list[PictureFile], place: Path) -> list[Query]:
     return [query(found[i]) for i in chosen]
 
 
-def _photographs(place: Path) -> tuple[Path, list[Query]]:
+def photographs(place: Path) -> tuple[Path, list[Query]]:
     """Write the demo's pictures: `pictures/SCENE/NN.jpg` to train and search, `queries/SCENE.NN.jpg` to ask with."""
     done = place / "pictures.json"
     pictures, queries = place / "pictures", place / "queries"
@@ -170,18 +194,13 @@ def _view(photograph: Image.Image, number: int, rng: np.random.Generator) -> byt
     return buffer.getvalue()
 
 
-def _step_bundle(place: Path, name: str, quiet: bool = False) -> None:
-    bundle, run = place / f"bundle-{name}", place / name
-    _likewise("export", str(run), "--out", str(bundle), quiet=quiet)
-
-
-def _query(place: Path, name: str, queries: list[Query]) -> float | None:
-    """Ask a server of its own; returns Recall@1 where truth is known, and draws the sheet for the trained encoder."""
+def _query(place: Path, name: str, queries: list[Query], sheet: Path | None) -> Right | None:
+    """Ask a server of its own, and draw the contact sheet where asked for; None where the truth is not known."""
     log = place / f"serve-{name}.log"
     with log.open("w") as file:
         server = subprocess.Popen(
-            [*_COMMAND, "serve", "--bundle", str(place / f"bundle-{name}"), "--collections",
-             str(place / f"collections-{name}"), "--port", "0", "--metrics-port", "0"],
+            [*_COMMAND, "serve", *_bundle(place, name), "--collections", str(place / f"collections-{name}"),
+             "--port", "0", "--metrics-port", "0"],
             stderr=file,
         )  # fmt: skip
     try:
@@ -191,11 +210,11 @@ def _query(place: Path, name: str, queries: list[Query]) -> float | None:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
-    if name == "run":
+    if sheet is not None:
         print(f"{len(queries)} queries answered by {address}")
-        _show(queries, answers, place / "sheet.png")
+        _show(queries, answers, sheet)
     right = [n[0].payload.get("folder") == q.scene for q, n in zip(queries, answers, strict=True) if q.scene and n]
-    return sum(right) / len(right) if right else None
+    return Right(sum(right), len(right)) if right else None
 
 
 def _ask(client: Client, query: Query) -> list[Neighbor]:

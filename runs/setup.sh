@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Create a virtual environment with likewise in it: setup.sh PYTHON VENV EXTRAS GIGABYTES
-# Says first how much it downloads, and refuses when the disk is too small.
+# Create a virtual environment with likewise in it: setup.sh PYTHON VENV EXTRAS PROBE DOWNLOAD GIGABYTES
+# Where PROBE, a module of the extras, is not there yet: says how much it downloads, and refuses when the disk is too small.
 set -euo pipefail
-python=$1 venv=$2 extras=$3 gigabytes=$4
+python=$1 venv=$2 extras=$3 probe=$4 download=$5 gigabytes=$6
 
 say() { printf 'likewise: %s\n' "$*" >&2; }
 
@@ -13,8 +13,8 @@ command -v "$python" >/dev/null || { say "there is no $python: install Python 3.
   say "this Python cannot make virtual environments: apt-get install python3-venv"; exit 1; }
 
 free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
-if [ ! -x "$venv/bin/likewise" ]; then
-  say "installing the extras $extras into $venv: about 4 GB to download and $gigabytes GB of disk, mostly torch with CUDA ($free GB are free here)"
+if ! "$venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$probe') is None)" 2>/dev/null; then
+  say "installing the extras $extras into $venv: about $download to download and $gigabytes GB of disk ($free GB are free here)"
   if [ "$free" -lt "$gigabytes" ]; then
     say "the disk is too small: free $((gigabytes - free)) GB, or clone to another disk"; exit 1
   fi

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTRACT = {f"export.{name}" for name in ("bundle", "edits", "machine", "preprocess", "providers", "runtime", "tune")}
+SHARED = ("bundle", "edits", "machine", "preprocess", "providers", "runtime", "shipped", "tune")
+CONTRACT = {f"export.{name}" for name in SHARED}
 CONTRACT |= {f"export.sources.{name}" for name in ("listing", "lists", "picture")}
 ALLOWED = {
     "training": CONTRACT | {"export.weights"},

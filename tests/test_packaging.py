@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import likewise
+from export.shipped import CHOSEN
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -61,6 +62,10 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(tmp_path: Path) -> None:
     assert {"service/pb/likewise_pb2.py", "export/runtime.py", "training/sop.py"} <= set(names)
     assert {"service/openapi.json", "service/page.html"} <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
+    kept = subprocess.run(["git", "ls-files", "export/encoders"], cwd=ROOT, check=True, capture_output=True, text=True)
+    encoders = set(kept.stdout.split())
+    assert encoders == {name for name in names if name.startswith("export/encoders/")}
+    assert f"export/encoders/{CHOSEN}/model.onnx" in encoders
 
 
 def test_versions_agree() -> None:
