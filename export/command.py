@@ -30,6 +30,7 @@ from export.preprocess import PreprocessSpec, preprocess
 from export.providers import CPU, ON_GPU, OPENVINO
 from export.runtime import Runtime
 from export.sample import CANARIES, Sample, read_sample
+from export.shipped import bundle_flag
 from export.source import Source, open_source
 
 # Two machines' fp32 kernels agree far better than this; a wrong graph, decoder or provider does not.
@@ -56,13 +57,20 @@ def export(asked: Export) -> Bundle:
                 f"{asked.out} holds this encoder with opset {fp32.opset} and patches {bundle.manifest.patches}: choose "
                 "another --out for other graphs"
             )
+        if asked.canary is not None:
+            raise RefusalError(
+                f"{asked.out} holds this encoder's bundle already, with a canary of its own: remove it first, or choose "
+                "another --out"
+            )
         if set(asked.variants) <= bundle.manifest.variants.keys():
             console.print(f"{asked.out} holds this encoder's bundle already, and its files match their checksums")
             return bundle
+    canary = None
+    if asked.canary is not None:
+        canary = read_sample(asked.canary, source.preprocess, CANARIES, "make a canary of them").encoded
     sample = read_sample(_pictures(asked, source), source.preprocess)
     if bundle is None:
         opset = source.opset or (20 if asked.opset == "auto" else int(asked.opset))
-        canary = None if asked.canary is None else read_sample(asked.canary, source.preprocess, CANARIES).encoded
         bundle = write_bundle(source, sample, asked.out, opset, console, asked.stored, canary)
     if set(asked.variants) - bundle.manifest.variants.keys():
         with changing(asked.out):
@@ -72,7 +80,7 @@ def export(asked: Export) -> Bundle:
                     bundle = add_variant(bundle, name, source, sample, console)
             draw_parity(bundle)
     console.print(table(read_parity(bundle)))
-    console.print(f"done: {asked.out}, space {bundle.space_id}   next: likewise index build --bundle {asked.out}")
+    console.print(f"done: {asked.out}, space {bundle.space_id}   next: likewise index build{bundle_flag(asked.out)}")
     return bundle
 
 

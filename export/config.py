@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import CliPositionalArg
 
 from export.bundle import Pooling
+from export.shipped import run_folder
 
 VariantName = Literal["fp32", "fp16", "int8"]
 
@@ -22,8 +23,9 @@ class Export(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    source: CliPositionalArg[Path]
-    """A run folder, a file of weights (.safetensors, .pth; with --model), or an .onnx file."""
+    source: CliPositionalArg[Annotated[Path, BeforeValidator(run_folder)]]
+    """A run folder, a file of weights (.safetensors, .pth; with --model), an .onnx file, or the name of an encoder that
+    comes with likewise."""
     out: Path
     """The bundle folder to write."""
     images: Path | None = None

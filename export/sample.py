@@ -26,7 +26,9 @@ class Sample(NamedTuple):
     """Names of their folders, where there are several."""
 
 
-def read_sample(folder: Path, spec: PreprocessSpec, least: int = MIN_PARITY_PICTURES) -> Sample:
+def read_sample(
+    folder: Path, spec: PreprocessSpec, least: int = MIN_PARITY_PICTURES, purpose: str = "prove parity on them"
+) -> Sample:
     """Up to 1,000 readable pictures, spread over the folder. Raises `RefusalError` where there are fewer than `least`."""
     found = find_pictures(folder)
     pixels: list[Pixels] = []
@@ -45,8 +47,8 @@ def read_sample(folder: Path, spec: PreprocessSpec, least: int = MIN_PARITY_PICT
             encoded.append(data)
     if len(pixels) < least:
         raise RefusalError(
-            f"{folder} holds {len(pixels)} readable pictures, at least {least} are needed to "
-            f"{'prove parity: pass --images FOLDER' if least == MIN_PARITY_PICTURES else 'make a canary of'}"
+            f"{folder} holds {len(pixels)} readable pictures, at least {least} are needed to {purpose}: name a folder "
+            "with more"
         )
     labelled = 1 < len(set(folders)) <= len(folders) // 2 and "" not in folders
     return Sample(np.stack(pixels), encoded, folders if labelled else None)

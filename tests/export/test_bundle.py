@@ -29,6 +29,7 @@ from export.parity import ParityReport, measure_parity, neighbor_overlap, requir
 from export.preprocess import Pixels, find_pictures, preprocess
 from export.runtime import Runtime
 from likewise import main
+from tests.shapes import write_shapes
 
 
 @pytest.fixture
@@ -80,6 +81,24 @@ def test_the_runtime_gives_what_torch_gives(run: Path, bundle: Path, pictures: P
     assert runtime.embed(pixels[:0]).shape == (0, 64)
     (stored,) = ParityReport.model_validate_json((bundle / "parity.json").read_bytes()).measurements
     assert stored.minimum_cosine >= 0.99999 and stored.neighbor_overlap_at_10 == 1.0 and stored.pictures == 64
+
+
+def test_a_canary_may_be_made_of_other_pictures(
+    run: Path, bundle: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    others = write_shapes(tmp_path / "others", 8, seed=11)
+    flags = ["export", run, "--canary", others]
+    assert main([str(a) for a in [*flags, "--out", tmp_path / "b"]]) == 0
+    mine = Bundle.open(tmp_path / "b")
+    assert [p.file for p in mine.manifest.canary] == [f"canary/{i}.png" for i in range(4)]
+    assert not {p.pixels_sha256 for p in mine.manifest.canary} & {
+        p.pixels_sha256 for p in Bundle.open(bundle).manifest.canary
+    }
+    assert mine.space_id == Bundle.open(bundle).space_id and Runtime(mine, "cpu", 1).check_canary() > 0.9999
+    assert "with a canary of its own: remove it first" in refused(*flags, "--out", tmp_path / "b")
+    for path in list(others.rglob("*.png"))[3:]:
+        path.unlink()
+    assert "at least 4 are needed to make a canary of them" in refused(*flags, "--out", tmp_path / "c")
 
 
 def test_parity_refuses_another_network(run: Path, other_bundle: Path, pictures: Path) -> None:

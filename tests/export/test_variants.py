@@ -13,8 +13,8 @@ import pytest
 import timm
 import torch
 
-from export.bundle import Bundle, RefusalError
-from export.onnx_graph import EmbeddingGraph, write_graph
+from export.bundle import Bundle, EncoderSpec, RefusalError
+from export.onnx_graph import EmbeddingGraph, build_encoder, write_graph
 from export.parity import Parity, ParityReport, Speed, mean_average_precision, read_parity, require_parity, table
 from export.quantise import int8_recipes, store_fp16, write_int8
 from export.runtime import Runtime, open_graph
@@ -162,6 +162,20 @@ def test_weights_are_stored_in_half_the_bytes(run: Path, bundle: Path, many_pict
     cosine = (rows * expected).sum(1).min()
     assert cosine > 0.99999 and not np.array_equal(rows, expected)
     assert Runtime(half, "cpu", 1, "int8").check_canary() > 0.98
+
+
+def test_first_layers_of_convolutional_networks_stay_whole(tmp_path: Path) -> None:
+    spec = EncoderSpec(model="mobilenetv2_035", image_size=64, embedding_dim=1280, pooling="model")
+    torch.manual_seed(0)
+    write_graph(EmbeddingGraph(build_encoder(spec), spec).eval(), 64, tmp_path / "m.onnx", 20)
+    before = (tmp_path / "m.onnx").stat().st_size
+    store_fp16(tmp_path / "m.onnx")
+    stored = {t.name.removesuffix("/float16"): t for t in onnx.load(str(tmp_path / "m.onnx")).graph.initializer}
+    sizes = {name: np.prod(t.dims) for name, t in stored.items()}
+    half = {name for name, t in stored.items() if t.data_type == onnx.TensorProto.FLOAT16}
+    limit = sum(sizes.values()) / 128
+    assert half and limit > 2048 and half == {name for name, size in sizes.items() if size >= limit}
+    assert (tmp_path / "m.onnx").stat().st_size < 0.65 * before
 
 
 def test_a_weight_that_float16_cannot_hold_is_refused(bundle: Path, tmp_path: Path) -> None:
