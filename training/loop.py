@@ -339,7 +339,7 @@ class Trainer:
         )
         if self.recipe.init is None and len(self.cache) < TRAINED_BELOW:
             self.console.print(
-                f"  fewer than {TRAINED_BELOW:,} pictures: trained weights are the better start where you have some (--init)"
+                f"  fewer than {TRAINED_BELOW:,} pictures: trained weights are the better start (--init default, or yours)"
             )
         for name, reason in self.reasons.items():
             value = getattr(self.recipe, name, "")

@@ -84,7 +84,8 @@ def resolve(
     values.update(_PAPER if preset == "paper" else _SMALL)
     values["preset"] = preset
 
-    values.update(_choose_encoder(asked, hardware, why))
+    begun = _begun_with(asked)
+    values.update(_choose_encoder(asked, begun, hardware, why))
     size, patch = values["image_size"], values["patch_size"]
     if size % patch:
         raise RefusalError(f"--image-size {size} is not a multiple of the patch size {patch}: choose another")
@@ -184,8 +185,9 @@ def resolve(
         epochs = _paper_epochs(values["width"]) if preset == "paper" else 40
         values["steps"] = max(epochs * per_epoch, 2000)
         why["steps"] = f"{epochs} epochs of {per_epoch:,} steps, at least 2,000 updates"
-    begun = _begun_with(asked)
     fit = asked.fit or ("crop" if begun is None else begun.preprocess.fit)
+    if asked.fit is None and begun is not None:
+        why["fit"] = "that of --init"
     values.update(method=asked.method, fit=fit, seed=asked.seed, views=asked.views)
     if asked.views == "auto":
         values["views"], why["views"] = views
@@ -193,7 +195,7 @@ def resolve(
         epochs = values["steps"] / per_epoch
         values["lr_warmup"] = min(0.1, 10 / epochs)
         values["temperature_warmup"] = min(0.3, (50 if wide else 30) / epochs)
-    _start_from(asked, values, why)
+    _start_from(asked, begun, values, why)
     del values["width"]
     return Recipe(**values), why
 
@@ -223,10 +225,10 @@ def _check_masks(values: dict[str, Any]) -> None:
         raise RefusalError(f"--mask-ratio {low} {high} is not an interval within 0 … 1: give the smaller share first")
 
 
-def _start_from(asked: Train, values: dict[str, Any], why: dict[str, str]) -> None:
+def _start_from(asked: Train, begun: RunManifest | None, values: dict[str, Any], why: dict[str, str]) -> None:
     """What initial weights change."""
     values["init"] = str(asked.init) if asked.init else None
-    values["mean"], values["std"] = _normalization(asked, values["model"], why)
+    values["mean"], values["std"] = _normalization(asked, begun, values["model"], why)
     for name in ("head_steps", "backbone_lr", "layer_decay"):
         given = getattr(asked, name)
         if given is not None and asked.init is None:
@@ -248,9 +250,8 @@ def _start_from(asked: Train, values: dict[str, Any], why: dict[str, str]) -> No
 
 
 def _normalization(
-    asked: Train, model: str, why: dict[str, str]
+    asked: Train, begun: RunManifest | None, model: str, why: dict[str, str]
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    begun = _begun_with(asked)
     if begun is not None:
         return begun.encoder.mean, begun.encoder.std
     if asked.normalization == "model":
@@ -283,50 +284,38 @@ def _paper_epochs(width: int) -> int:
     return next((epochs for least, epochs in sorted(_PAPER_EPOCHS.items(), reverse=True) if width >= least), 800)
 
 
-def _choose_encoder(asked: Train, hardware: Hardware, why: dict[str, str]) -> dict[str, Any]:
-    name, begun = asked.encoder, _begun_with(asked)
+def _choose_encoder(asked: Train, begun: RunManifest | None, hardware: Hardware, why: dict[str, str]) -> dict[str, Any]:
+    from training.encoder import architecture
+
+    name = asked.encoder
     if name is None and begun is not None:
         why["model"] = "that of --init"
-        return _same_encoder(asked, begun.encoder, why)
-    if name is None:
-        name = "vit_micro" if hardware.device == "cpu" else "vit_small_patch16_224"
-        why["model"] = f"training on {hardware.name}"
-    if name in _OWN:
-        patch = asked.patch_size or 8
-        size = asked.image_size or 48
-        kwargs = {**_OWN[name], "patch_size": patch}
-        return {
-            "model": "vit_tiny_patch16_224", "model_kwargs": kwargs, "image_size": size, "patch_size": patch,
-            "width": kwargs["embed_dim"],
-        }  # fmt: skip
-    from training.encoder import architecture
-
-    native = architecture(name)
+        name = model = begun.encoder.model
+        kwargs, size = begun.encoder.kwargs, begun.encoder.image_size
+        patch = kwargs.get("patch_size", architecture(model).patch)
+        if asked.patch_size not in (None, patch):
+            raise RefusalError(f"--init holds an encoder with patches of {patch} px: leave --patch-size out")
+    else:
+        if name is None:
+            name = "vit_micro" if hardware.device == "cpu" else "vit_small_patch16_224"
+            why["model"] = f"training on {hardware.name}"
+        if name in _OWN:
+            patch, size, model = asked.patch_size or 8, 48, "vit_tiny_patch16_224"
+            kwargs = {**_OWN[name], "patch_size": patch}
+        else:
+            native = architecture(name)
+            patch, size, model = asked.patch_size or native.patch, native.size, name
+            kwargs = {"patch_size": patch} if patch != native.patch else {}
+        if begun is not None and (model, kwargs) == (begun.encoder.model, begun.encoder.kwargs):
+            size = begun.encoder.image_size
+    if asked.image_size is None and begun is not None and size == begun.encoder.image_size:
+        why["image_size"] = "that of --init"
+    native = architecture(model)
     if native.convolutional:
         _require_adaptation(asked, name, why)
-    patch = asked.patch_size or native.patch
-    kwargs = {"patch_size": patch} if patch != native.patch else {}
     chosen = {
-        "model": name, "model_kwargs": kwargs, "image_size": asked.image_size or native.size, "patch_size": patch,
-        "width": native.width,
-    }  # fmt: skip
-    return chosen | {"mim_weight": 0.0} if native.convolutional else chosen
-
-
-def _same_encoder(asked: Train, spec: EncoderSpec, why: dict[str, str]) -> dict[str, Any]:
-    from training.encoder import architecture
-
-    native = architecture(spec.model)
-    if native.convolutional:
-        _require_adaptation(asked, spec.model, why)
-    patch = spec.kwargs.get("patch_size", native.patch)
-    if asked.patch_size not in (None, patch):
-        raise RefusalError(f"--init holds an encoder with patches of {patch} px: leave --patch-size out")
-    if asked.image_size is None:
-        why["image_size"] = "that of --init"
-    chosen = {
-        "model": spec.model, "model_kwargs": spec.kwargs, "image_size": asked.image_size or spec.image_size,
-        "patch_size": patch, "width": spec.kwargs.get("embed_dim", native.width),
+        "model": model, "model_kwargs": kwargs, "image_size": asked.image_size or size, "patch_size": patch,
+        "width": kwargs.get("embed_dim", native.width),
     }  # fmt: skip
     return chosen | {"mim_weight": 0.0} if native.convolutional else chosen
 
