@@ -263,7 +263,7 @@ class Bundle:
         if not path.is_file():
             raise RefusalError(
                 f"{folder} is not a bundle (no manifest.json): expected a folder written by `likewise export RUN --out "
-                "BUNDLE`"
+                "BUNDLE`, or a name that `likewise bundle list` knows"
             )
         again = "the bundle changed after it was written; export it again"
         manifest = read_contract(path, BundleManifest, BUNDLE_FORMAT, again)

@@ -13,7 +13,7 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
 from export.bundle import Bundle, Embeddings, RefusalError, changing, write_file
-from export.shipped import CARD, CHOSEN, BundleFolder, is_shipped, licence, shipped
+from export.shipped import DEFAULT_NAME, BundleFolder, is_shipped, licence, shipped
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -35,10 +35,10 @@ class List(BaseModel):
             size = sum(record.bytes for record in bundle.manifest.files.values()) / 2**20
             encoder = bundle.manifest.encoder
             print(
-                f"{name}{' (the default)' if name == CHOSEN else ''}: {encoder.model} at {encoder.image_size} px, "
+                f"{name}{' (the default)' if name == DEFAULT_NAME else ''}: {encoder.model} at {encoder.image_size} px, "
                 f"{bundle.dim} dimensions, {size:.1f} MiB, space {bundle.space_id}"
             )
-            print(f"    {licence(folder)}\n    {folder / CARD}")
+            print(f"    {licence(folder)}")
         return 0
 
 

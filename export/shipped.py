@@ -20,20 +20,23 @@ ENCODERS = Path(__file__).resolve().parent / "encoders"
 DEFAULT = "default"
 """Stands for the best of them. Other versions of likewise may ship another one: a collection keeps the name of its space."""
 CARD = "CARD.md"
-CHOSEN = "sop-mobilenetv2-1"
+DEFAULT_NAME = "sop-mobilenetv2-1"
 """The default encoder's own name."""
 
 
 def shipped() -> dict[str, Path]:
     """Names → folders, the default one first."""
     found = sorted(path.parent.name for path in ENCODERS.glob("*/manifest.json"))
-    return {name: ENCODERS / name for name in sorted(found, key=lambda name: (name != CHOSEN, name))}
+    return {name: ENCODERS / name for name in sorted(found, key=lambda name: (name != DEFAULT_NAME, name))}
 
 
 def bundle_folder(given: Any) -> Any:
-    """The folder that a name of a shipped encoder stands for; anything else as it was given."""
-    name = CHOSEN if str(given) == DEFAULT else str(given)
-    return ENCODERS / name if name in shipped() else given
+    """The folder that a name of a shipped encoder stands for; anything else as it was given, `./NAME` as an absolute path,
+    which no other reading takes for the name."""
+    name = DEFAULT_NAME if str(given) == DEFAULT else str(given)
+    if name in shipped():
+        return ENCODERS / name
+    return Path(given).absolute() if isinstance(given, str) and _is_name(Path(given)) else given
 
 
 def is_shipped(folder: Path) -> bool:
@@ -47,11 +50,15 @@ def run_folder(given: Any) -> Any:
     return given if folder is given else folder / "run"
 
 
-def flag(folder: Path) -> str:
+def bundle_flag(folder: Path) -> str:
     """How a command names the bundle, with a space before it; nothing where it takes that one by itself."""
-    if not is_shipped(folder):
-        return f" --bundle {folder}"
-    return "" if folder.name == CHOSEN else f" --bundle {folder.name}"
+    if is_shipped(folder):
+        return "" if folder.name == DEFAULT_NAME else f" --bundle {folder.name}"
+    return f" --bundle {'./' if _is_name(folder) else ''}{folder}"
+
+
+def _is_name(path: Path) -> bool:
+    return str(path) == DEFAULT or str(path) in shipped()
 
 
 BundleFolder = Annotated[Path, BeforeValidator(bundle_folder)]
@@ -60,5 +67,7 @@ BundleFolder = Annotated[Path, BeforeValidator(bundle_folder)]
 
 def licence(folder: Path) -> str:
     """What the model card says of the weights' terms, in one line."""
-    found = re.search(r"^\*\*Licence of the weights:\*\*\s*(.+?)$", (folder / CARD).read_text(), re.MULTILINE)
-    return found[1] if found else f"see {CARD}"
+    card = folder / CARD
+    text = card.read_text("utf-8") if card.is_file() else ""
+    found = re.search(r"^\*\*Licence of the weights:\*\*\s*(.+?)$", text, re.MULTILINE)
+    return f"{found[1] if found else 'not stated'} ({card})"

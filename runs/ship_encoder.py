@@ -4,9 +4,9 @@
         [--dimensions 256 --whitening 0.25]
 
 Writes export/encoders/NAME: the weights in half precision as a run, and the bundle exported from exactly those. Parity is
-proven, and the projection fitted, on `--images`; the canary is made of photographs in the public domain that ship with
-scikit-image (NASA's astronaut and rocket, Lav Varshney's camera, Rachel Michetti's coffee). The card, CARD.md, is written by
-hand.
+proven, and the projection fitted, on `--images`; the canary is made of photographs, in the public domain or CC0, that come
+with scikit-image (NASA's astronaut, SpaceX's rocket, Lav Varshney's camera, Rachel Michetti's coffee). The card, CARD.md,
+is written by hand.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import tempfile
 from pathlib import Path
 
 import skimage
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from export.bundle import read_run, write_file
+from export.bundle import publish, read_run, read_verdict, write_file
+from export.onnx_graph import build_encoder
 from export.shipped import CARD, ENCODERS
+from export.weights import fit_state, read_run_weights
 from likewise import main as likewise
 from training.encoder import tensors_digest
 
@@ -30,18 +32,21 @@ KEPT = ("manifest.json", "model.onnx", "parity.json", "canary")
 
 
 def write_run(run: Path, to: Path, data: str, size: int | None) -> None:
-    """The run's encoder in half precision, as a run of its own that names no folder of this machine."""
+    """The run's encoder in half precision, for pictures of `size`, as a run that names no folder of this machine."""
     about = read_run(run)
-    state = {
-        name: (value.half() if value.is_floating_point() else value).contiguous()
-        for name, value in load_file(run / "encoder.safetensors").items()
-    }
+    verdict = read_verdict(run)
+    if verdict is not None and verdict.export == "initial":
+        print(f"{run} has a verdict against its adapted weights, which are taken all the same: {verdict.sentence}")
+    size = size or about.encoder.image_size
+    spec = about.encoder.model_copy(update={"image_size": size})
+    file = run / "encoder.safetensors"
+    fitted = fit_state(read_run_weights(file, about), build_encoder(spec), str(file), "leave --image-size out")
+    state = {name: (v.half() if v.is_floating_point() else v).contiguous() for name, v in fitted.items()}
     to.mkdir(parents=True)
     save_file(state, to / "encoder.safetensors")
-    size = size or about.encoder.image_size
     changed = about.model_copy(
         update={
-            "encoder": about.encoder.model_copy(update={"image_size": size}),
+            "encoder": spec,
             "preprocess": about.preprocess.model_copy(update={"size": size}),
             "data": about.data.model_copy(update={"folder": data}),
             "weights_sha256": tensors_digest(state),
@@ -74,13 +79,16 @@ def main() -> int:
             flags += ["--dimensions", str(args.dimensions), "--whitening", str(args.whitening)]
         if code := likewise(["export", str(place / "run"), "--out", str(place / "bundle"), *flags]):
             return code
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(place / "run", out / "run")
+        made = ENCODERS / f".{args.name}.tmp"
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.copytree(place / "run", made / "run")
         for name in KEPT:
             source = place / "bundle" / name
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, out / name)
-    if card is not None:
-        (out / CARD).write_bytes(card)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, made / name)
+        if card is not None:
+            (made / CARD).write_bytes(card)
+        shutil.rmtree(out, ignore_errors=True)
+        publish(made, out)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     print(f"{out.name}: {size / 2**20:.1f} MiB; {CARD} {'kept' if card else 'is yet to be written'}")
     return 0

@@ -18,7 +18,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from export.bundle import Bundle, RefusalError, printable, write_unreadable
-from export.shipped import flag
+from export.shipped import bundle_flag
 from export.sources.picture import Picture
 from service.changes import Changes, compare
 from service.collection import Collection
@@ -93,7 +93,7 @@ def _follow(asked: IndexBuild, following: IndexSync | None) -> None:
         console.print(
             f"done: {asked.out} holds {len(collection):,} items ({done.written:,} written now, {done.unreadable} skipped"
             f"{f', {deleted:,} deleted' if following is not None else ''})   "
-            f"next: likewise serve{flag(asked.bundle)} --collections {asked.out}"
+            f"next: likewise serve{bundle_flag(asked.bundle)} --collections {asked.out}"
         )
     finally:
         collection.close()

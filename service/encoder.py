@@ -20,6 +20,7 @@ from export.preprocess import (
     thumbnail_of,
 )
 from export.providers import GpuOptions
+from export.shipped import is_shipped, licence
 from export.tune import mixing_refusal, open_runtime
 from service.config import Embedding
 
@@ -67,6 +68,10 @@ class Encoder:
     def __init__(self, bundle: Bundle, asked: Embedding, say: Callable[[str], None] = lambda _: None) -> None:
         """Loads the graph and checks its canary; `say` hears what is measured. Raises `RefusalError`."""
         self.bundle = bundle
+        if is_shipped(bundle.folder):
+            say(
+                f"the encoder {bundle.folder.name} comes with likewise; licence of its weights: {licence(bundle.folder)}"
+            )
         self.limits = asked.limits
         gpu = GpuOptions(asked.gpu_memory, asked.cuda_graphs)
         self.runtime = open_runtime(

@@ -102,8 +102,8 @@ def read_manifest(folder: Path, space_id: str | None) -> CollectionManifest:
     if space_id is not None and space_id != manifest.space_id:
         raise RefusalError(
             f"{folder} holds vectors of space {manifest.space_id}, the bundle makes {space_id} "
-            "(MODEL_INDEX_MISMATCH): use the bundle that the collection was built with, or build it again with "
-            "this one"
+            "(MODEL_INDEX_MISMATCH): name the bundle that the collection was built with (--bundle), or build it again "
+            "with this one"
         )
     if not (folder / "records.sqlite").is_file():
         raise RefusalError(f"{folder / 'records.sqlite'} is missing, so the segments mean nothing: {AGAIN}")

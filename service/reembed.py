@@ -20,7 +20,7 @@ from rich.console import Console
 
 from export.bundle import Bundle, Embeddings, RefusalError, printable, sha256_file, write_unreadable
 from export.preprocess import DEFAULT_LIMITS, DecodeLimits, UnreadablePictureError, first_folder
-from export.shipped import flag
+from export.shipped import bundle_flag
 from export.sources.picture import Picture, SourcePicture, picture_at
 from service.collection import Collection
 from service.config import Constraints, Embedding
@@ -364,7 +364,8 @@ def reembed(asked: IndexReembed) -> None:
     with closing(Follower(asked.old, every=None)) as old:
         if old.space_id == bundle.space_id:
             raise RefusalError(
-                f"{asked.old} is of the bundle's space {bundle.space_id} already: its vectors would be the same"
+                f"{asked.old} is of the bundle's space {bundle.space_id} already, its vectors would be the same: name "
+                "another encoder with --bundle"
             )
         there = (asked.out / "collection.json").is_file()
         new = Collection(asked.out, bundle.space_id) if there else None
@@ -432,7 +433,7 @@ def _replay(
         new.maintain()
     console.print(
         f"done: {asked.out} holds {len(new):,} items, up to write {new.followed:,} of {asked.old}, a lag of {work.lag:,} "
-        f"({work.embedded:,} embedded now, {len(listed):,} left out)   next: likewise serve{flag(asked.bundle)} "
+        f"({work.embedded:,} embedded now, {len(listed):,} left out)   next: likewise serve{bundle_flag(asked.bundle)} "
         f"--collections {asked.out}"
     )
     if listed and not asked.leave_out:

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import likewise
-from export.shipped import CHOSEN
+from export.shipped import DEFAULT_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(tmp_path: Path) -> None:
     kept = subprocess.run(["git", "ls-files", "export/encoders"], cwd=ROOT, check=True, capture_output=True, text=True)
     encoders = set(kept.stdout.split())
     assert encoders == {name for name in names if name.startswith("export/encoders/")}
-    assert f"export/encoders/{CHOSEN}/model.onnx" in encoders
+    assert f"export/encoders/{DEFAULT_NAME}/model.onnx" in encoders
 
 
 def test_versions_agree() -> None:
