@@ -21,7 +21,8 @@ $(VENV)/.ready: pyproject.toml runs/setup.sh
 
 # What the demo needs, without torch; nothing where everything is there.
 $(VENV)/.ready-demo: pyproject.toml runs/setup.sh
-	@[ -e $(VENV)/.ready ] || bash runs/setup.sh "$(PYTHON)" "$(VENV)" "$(RUNTIME),serve,demo" sklearn "300 MB" 2
+	@[ $(VENV)/.ready -nt pyproject.toml ] && [ $(VENV)/.ready -nt runs/setup.sh ] || \
+	  bash runs/setup.sh "$(PYTHON)" "$(VENV)" "$(RUNTIME),serve,demo" sklearn $(if $(filter gpu,$(RUNTIME)),"4 GB" 8,"300 MB" 2)
 	@touch $@
 
 setup: $(VENV)/.ready ## Create the environment in .venv with everything (says how much it downloads first)
@@ -83,4 +84,4 @@ image: ## Container image; VARIANT=cpu or cuda
 	docker build --build-arg VARIANT=$(or $(VARIANT),cpu) -t likewise:$(or $(VARIANT),cpu) .
 
 clean: ## Remove the environment and the demo's folder
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-demo demo

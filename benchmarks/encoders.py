@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +35,9 @@ from PIL import Image
 
 from benchmarks.record import cpu_name, finish
 from export.bundle import Bundle, Embeddings
-from export.onnx_graph import EmbeddingGraph, build_encoder
+from export.onnx_graph import OPSETS, EmbeddingGraph, build_encoder, write_graph
 from export.preprocess import Pixels, PreprocessSpec, preprocess
-from export.runtime import Runtime
+from export.runtime import Runtime, open_graph
 from export.shipped import bundle_folder
 from training.evaluate.copies import CopyTask, detect
 from training.evaluate.descriptors import BASELINES
@@ -114,10 +115,13 @@ def of_random_weights(name: str, folder: Path) -> Encoder:
     """The network of a bundle before it learned anything."""
     manifest = Bundle.open(bundle_folder(folder)).manifest
     torch.manual_seed(0)
-    graph = EmbeddingGraph(build_encoder(manifest.encoder), manifest.encoder).eval()
+    network = EmbeddingGraph(build_encoder(manifest.encoder), manifest.encoder).eval()
+    with tempfile.TemporaryDirectory() as place:
+        write_graph(network, manifest.encoder.image_size, Path(place) / "model.onnx", OPSETS[0])
+        graph = open_graph(Path(place) / "model.onnx")
 
     def embed(pixels: Pixels) -> Embeddings:
-        rows: Embeddings = graph.embed(torch.from_numpy(pixels)).numpy()
+        rows: Embeddings = graph({"images": pixels}, "embedding")
         return rows
 
     described = manifest.encoder.model_copy(update={"projection": None}).model_dump_json()

@@ -78,10 +78,10 @@ def main() -> int:
     print()
     known = right[shown]
     if known is not None and args.train:
-        print(f"Recall@1 of {known.of} queries whose scene is known: {known} after training, ", end="")
+        print(f"Recall@1 of {known.queries} queries whose scene is known: {known} after training, ", end="")
         print(f"{right['untrained']} with the same network untrained, {right['default']} with likewise's own encoder.")
     elif known is not None:
-        print(f"{known.count} of {known.of} queries found a picture of their own scene first ({known}).")
+        print(f"{known.right} of {known.queries} queries found a picture of their own scene first ({known}).")
     minutes = (time.monotonic() - start) / 60
     print(f"The contact sheet is {place / 'sheet.png'}. This took {minutes:.1f} minutes.\n")
     print("Next:")
@@ -98,11 +98,11 @@ def main() -> int:
 class Right(NamedTuple):
     """Queries whose first neighbour is the right one."""
 
-    count: int
-    of: int
+    right: int
+    queries: int
 
     def __str__(self) -> str:
-        return f"{self.count / self.of:.0%}"
+        return f"{self.right / self.queries:.0%}"
 
 
 def _bundle(place: Path, name: str) -> list[str]:
@@ -276,5 +276,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("\nlikewise: interrupted; make demo continues", file=sys.stderr)
+        print("\nlikewise: interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
