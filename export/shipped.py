@@ -47,7 +47,7 @@ def is_shipped(folder: Path) -> bool:
 def run_folder(given: Any) -> Any:
     """`bundle_folder`, of the weights as a run folder."""
     folder = bundle_folder(given)
-    return given if folder is given else folder / "run"
+    return folder / "run" if isinstance(folder, Path) and is_shipped(folder) else folder
 
 
 def bundle_flag(folder: Path) -> str:

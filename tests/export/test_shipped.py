@@ -43,7 +43,8 @@ def test_there_is_a_default_one() -> None:
     assert DEFAULT_NAME in NAMES and next(iter(shipped())) == DEFAULT_NAME
     assert bundle_folder("default") == bundle_folder(DEFAULT_NAME) == ENCODERS / DEFAULT_NAME
     assert run_folder("default") == ENCODERS / DEFAULT_NAME / "run"
-    assert bundle_folder("./default") == Path.cwd() / "default" and run_folder(Path("mine")) == Path("mine")
+    assert bundle_folder("./default") == run_folder("./default") == Path.cwd() / "default"
+    assert run_folder("mine") == "mine" and run_folder(None) is None and run_folder(Path("mine")) == Path("mine")
     assert (bundle_flag(ENCODERS / DEFAULT_NAME), bundle_flag(Path("mine"))) == ("", " --bundle mine")
     assert bundle_flag(Path("default")) == " --bundle ./default"  # what a command wrote there
 
