@@ -104,16 +104,20 @@ def in_grey(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def of_bundle(name: str, folder: Path) -> Encoder:
-    bundle = Bundle.open(bundle_folder(folder))
+def opened(given: str) -> Bundle:
+    return Bundle.open(Path(bundle_folder(given)))
+
+
+def of_bundle(name: str, given: str) -> Encoder:
+    bundle = opened(given)
     runtime = Runtime(bundle, device="cpu")
     digest = bundle.manifest.files[bundle.manifest.variants[runtime.variant].file].sha256
     return Encoder(name, f"{digest} {bundle.manifest.preprocess.sha256()}", bundle.manifest.preprocess, runtime.embed)
 
 
-def of_random_weights(name: str, folder: Path) -> Encoder:
+def of_random_weights(name: str, given: str) -> Encoder:
     """The network of a bundle before it learned anything."""
-    manifest = Bundle.open(bundle_folder(folder)).manifest
+    manifest = opened(given).manifest
     torch.manual_seed(0)
     network = EmbeddingGraph(build_encoder(manifest.encoder), manifest.encoder).eval()
     with tempfile.TemporaryDirectory() as place:
@@ -189,8 +193,8 @@ def main() -> None:
     floors = [encoder.name for encoder in encoders]
     for make, pairs in ((of_random_weights, args.untrained), (of_bundle, args.encoder)):
         for pair in pairs:
-            name, _, folder = pair.partition("=")
-            encoders.append(make(name, Path(folder)))
+            name, _, given = pair.partition("=")
+            encoders.append(make(name, given))
     named = [pair.partition("=")[0] for pair in args.encoder]
 
     def pack(name: str) -> Pack:

@@ -67,7 +67,8 @@ def export(asked: Export) -> Bundle:
             return bundle
     canary = None
     if asked.canary is not None:
-        canary = read_sample(asked.canary, source.preprocess, CANARIES, "make a canary of them").encoded
+        advice = "make a canary of them: pass --canary with another folder"
+        canary = read_sample(asked.canary, source.preprocess, CANARIES, CANARIES, advice).encoded
     sample = read_sample(_pictures(asked, source), source.preprocess)
     if bundle is None:
         opset = source.opset or (20 if asked.opset == "auto" else int(asked.opset))

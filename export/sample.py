@@ -27,15 +27,17 @@ class Sample(NamedTuple):
 
 
 def read_sample(
-    folder: Path, spec: PreprocessSpec, least: int = MIN_PARITY_PICTURES, purpose: str = "prove parity on them"
-) -> Sample:
-    """Up to 1,000 readable pictures, spread over the folder. Raises `RefusalError` where there are fewer than `least`."""
+    folder: Path, spec: PreprocessSpec, least: int = MIN_PARITY_PICTURES, most: int = PARITY_PICTURES,
+    purpose: str = "prove parity: pass --images FOLDER",
+) -> Sample:  # fmt: skip
+    """`least` to `most` readable pictures, spread over the folder. Raises `RefusalError`, which ends in `purpose` and what
+    to do, where there are fewer."""
     found = find_pictures(folder)
     pixels: list[Pixels] = []
     encoded: list[bytes] = []
     folders: list[str] = []
     for i in np.random.default_rng(0).permutation(len(found)):
-        if len(pixels) == PARITY_PICTURES:
+        if len(pixels) == most:
             break
         try:
             data = found[i].read()
@@ -46,9 +48,6 @@ def read_sample(
         if len(encoded) < CANARIES:
             encoded.append(data)
     if len(pixels) < least:
-        raise RefusalError(
-            f"{folder} holds {len(pixels)} readable pictures, at least {least} are needed to {purpose}: name a folder "
-            "with more"
-        )
+        raise RefusalError(f"{folder} holds {len(pixels)} readable pictures, at least {least} are needed to {purpose}")
     labelled = 1 < len(set(folders)) <= len(folders) // 2 and "" not in folders
     return Sample(np.stack(pixels), encoded, folders if labelled else None)

@@ -116,6 +116,11 @@ def read_run_weights(path: Path, run: RunManifest) -> dict[str, Tensor]:
     return state
 
 
+def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Floating-point tensors as float16, ready to be saved."""
+    return {n: (value.half() if value.is_floating_point() else value).contiguous() for n, value in state.items()}
+
+
 def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names without the prefixes that training codes add; of several encoders in one dict the first of `_PREFIXES`."""
     again = True

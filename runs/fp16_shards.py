@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.bundle import read_run
-from export.weights import read_run_weights
+from export.weights import halved, read_run_weights
 
 
 def main() -> None:
@@ -24,8 +24,7 @@ def main() -> None:
     state = read_run_weights(args.run / "encoder.safetensors", read_run(args.run))
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, value in state.items():
-        half = (value.half() if value.is_floating_point() else value).contiguous()
+    for name, half in halved(state).items():
         if shards[-1] and size + half.nbytes > args.mib * 2**20 - 65536:  # less what the header takes
             shards.append({})
             size = 0

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from export.bundle import publish, read_run, read_verdict, write_file
 from export.onnx_graph import build_encoder
 from export.shipped import CARD, ENCODERS
-from export.weights import fit_state, read_run_weights
+from export.weights import fit_state, halved, read_run_weights
 from likewise import main as likewise
 from training.encoder import tensors_digest
 
@@ -41,7 +41,7 @@ def write_run(run: Path, to: Path, data: str, size: int | None) -> None:
     spec = about.encoder.model_copy(update={"image_size": size})
     file = run / "encoder.safetensors"
     fitted = fit_state(read_run_weights(file, about), build_encoder(spec), str(file), "leave --image-size out")
-    state = {name: (v.half() if v.is_floating_point() else v).contiguous() for name, v in fitted.items()}
+    state = halved(fitted)
     to.mkdir(parents=True)
     save_file(state, to / "encoder.safetensors")
     changed = about.model_copy(

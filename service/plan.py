@@ -80,7 +80,7 @@ def plan(asked: IndexPlan) -> dict[str, Any]:
         raise RefusalError("give one of --images, --collection and --rows")
     found: dict[str, Any] = {}
     some: list[Picture] = []
-    bundle = Bundle.open(asked.bundle) if asked.rows is None or asked.dim is None else None
+    bundle = Bundle.open(asked.bundle)
     if asked.rows is not None:
         count = asked.rows
     elif asked.images is not None:
@@ -95,10 +95,9 @@ def plan(asked: IndexPlan) -> dict[str, Any]:
         found |= {"items": count + sum(without.values()), "embeddable": count}
         found |= {f"from_{where}": there[where] for where in ("files", "remote", "originals") if there[where]}
         found |= {f"without_{reason}": number for reason, number in without.items()}
-    dim = asked.dim or (bundle.dim if bundle is not None else 0)
+    dim = asked.dim or bundle.dim
     found["dimensions"] = dim
     if some:
-        assert bundle is not None
         speed = _measured(bundle, some)
         found |= {
             "embedding_with": speed.where, "pictures_per_second": round(speed.pictures, 1),

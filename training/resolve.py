@@ -287,11 +287,11 @@ def _paper_epochs(width: int) -> int:
 def _choose_encoder(asked: Train, begun: RunManifest | None, hardware: Hardware, why: dict[str, str]) -> dict[str, Any]:
     from training.encoder import architecture
 
-    name = asked.encoder
+    name, own_size = asked.encoder, None
     if name is None and begun is not None:
         why["model"] = "that of --init"
         name = model = begun.encoder.model
-        kwargs, size = begun.encoder.kwargs, begun.encoder.image_size
+        kwargs = begun.encoder.kwargs
         patch = kwargs.get("patch_size", architecture(model).patch)
         if asked.patch_size not in (None, patch):
             raise RefusalError(f"--init holds an encoder with patches of {patch} px: leave --patch-size out")
@@ -300,21 +300,20 @@ def _choose_encoder(asked: Train, begun: RunManifest | None, hardware: Hardware,
             name = "vit_micro" if hardware.device == "cpu" else "vit_small_patch16_224"
             why["model"] = f"training on {hardware.name}"
         if name in _OWN:
-            patch, size, model = asked.patch_size or 8, 48, "vit_tiny_patch16_224"
+            patch, own_size, model = asked.patch_size or 8, 48, "vit_tiny_patch16_224"
             kwargs = {**_OWN[name], "patch_size": patch}
         else:
-            native = architecture(name)
-            patch, size, model = asked.patch_size or native.patch, native.size, name
-            kwargs = {"patch_size": patch} if patch != native.patch else {}
-        if begun is not None and (model, kwargs) == (begun.encoder.model, begun.encoder.kwargs):
-            size = begun.encoder.image_size
-    if asked.image_size is None and begun is not None and size == begun.encoder.image_size:
-        why["image_size"] = "that of --init"
+            model, patch = name, asked.patch_size or architecture(name).patch
+            kwargs = {"patch_size": patch} if patch != architecture(name).patch else {}
     native = architecture(model)
+    size = asked.image_size or own_size or native.size
+    spec = None if begun is None else begun.encoder
+    if asked.image_size is None and spec is not None and (spec.model, spec.kwargs) == (model, kwargs):
+        size, why["image_size"] = spec.image_size, "that of --init"
     if native.convolutional:
         _require_adaptation(asked, name, why)
     chosen = {
-        "model": model, "model_kwargs": kwargs, "image_size": asked.image_size or size, "patch_size": patch,
+        "model": model, "model_kwargs": kwargs, "image_size": size, "patch_size": patch,
         "width": kwargs.get("embed_dim", native.width),
     }  # fmt: skip
     return chosen | {"mim_weight": 0.0} if native.convolutional else chosen
